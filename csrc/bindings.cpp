@@ -1,0 +1,165 @@
+// The pybind11 module fastmtl._C: what this binary is, and the T x T solvers on NumPy arrays. No torch in here.
+// fastmtl/solvers.py validates arguments and documents the solvers; the checks below only keep a wrong call from
+// reading outside of the arrays.
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <array>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/cpu.h"
+#include "parallel.h"
+#include "solvers/order.h"
+#include "solvers/philox.h"
+#include "solvers/solvers.h"
+
+namespace fastmtl {
+namespace {
+
+namespace py = pybind11;
+using Doubles = py::array_t<double, py::array::c_style | py::array::forcecast>;
+using Longs = py::array_t<int64_t, py::array::c_style | py::array::forcecast>;
+using Bools = py::array_t<bool, py::array::c_style | py::array::forcecast>;
+using Sizes = std::vector<py::ssize_t>;
+
+template <class Array>
+Sizes sizes_of(const Array& array) {
+  return Sizes(array.shape(), array.shape() + array.ndim());
+}
+
+void require(bool condition, const char* message) {
+  if (!condition) throw py::value_error(message);
+}
+
+Problems problems_of(const Doubles& gramian, const std::optional<Bools>& mask) {
+  require(gramian.ndim() == 3 && gramian.shape(1) == gramian.shape(2), "gramian: expected shape [K, T, T]");
+  require(gramian.shape(1) <= 65536, "gramian: at most 65536 tasks");
+  if (mask) {
+    require(sizes_of(*mask) == Sizes{gramian.shape(0), gramian.shape(1)}, "mask: expected shape [K, T]");
+  }
+  return {gramian.shape(0), static_cast<int32_t>(gramian.shape(1)), gramian.data(),
+          mask ? reinterpret_cast<const uint8_t*>(mask->data()) : nullptr};
+}
+
+Order order_of(const Doubles& gramian, int kind, const std::optional<Longs>& order, const int64_t* rng) {
+  require(kind >= 0 && kind <= 2, "order_kind: expected 0, 1 or 2");
+  Order result{static_cast<OrderKind>(kind), nullptr, false, rng};
+  if (order) {
+    const Sizes batched = sizes_of(gramian);
+    result.batched = order->ndim() == 3;
+    require(sizes_of(*order) == (result.batched ? batched : Sizes{batched[1], batched[2]}),
+            "order: expected shape [T, T] or [K, T, T]");
+    result.explicit_order = order->data();
+  }
+  return result;
+}
+
+Doubles new_weights(const Doubles& gramian) { return Doubles(Sizes{gramian.shape(0), gramian.shape(1)}); }
+
+py::tuple min_norm(const Doubles& gramian, const std::optional<Bools>& mask) {
+  const Problems problems = problems_of(gramian, mask);
+  Doubles weights = new_weights(gramian);
+  Doubles gap(Sizes{gramian.shape(0)});
+  const MinNorm method{weights.mutable_data(), gap.mutable_data()};
+  {
+    py::gil_scoped_release release;
+    min_norm_cpu(problems, method);
+  }
+  return py::make_tuple(weights, gap);
+}
+
+Doubles pcgrad(const Doubles& gramian, const std::optional<Bools>& mask, int order_kind,
+               const std::optional<Longs>& order, int64_t seed, int64_t step, bool include_self, bool mean) {
+  const Problems problems = problems_of(gramian, mask);
+  const int64_t rng[2] = {seed, step};
+  Doubles weights = new_weights(gramian);
+  const PCGrad method{order_of(gramian, order_kind, order, rng), include_self, mean, weights.mutable_data()};
+  py::gil_scoped_release release;
+  pcgrad_cpu(problems, method);
+  return weights;
+}
+
+py::tuple gradvac(const Doubles& gramian, const Doubles& targets, const std::optional<Bools>& mask, int order_kind,
+                  const std::optional<Longs>& order, int64_t seed, int64_t step, double beta, bool ema_first,
+                  bool ema_always) {
+  const Problems problems = problems_of(gramian, mask);
+  require(sizes_of(targets) == sizes_of(gramian), "targets: expected the shape of the gramian");
+  const int64_t rng[2] = {seed, step};
+  Doubles weights = new_weights(gramian);
+  Doubles new_targets(sizes_of(gramian));
+  const GradVac method{order_of(gramian, order_kind, order, rng), beta,           ema_first, ema_always,
+                       targets.data(), new_targets.mutable_data(), weights.mutable_data()};
+  {
+    py::gil_scoped_release release;
+    gradvac_cpu(problems, method);
+  }
+  return py::make_tuple(weights, new_targets);
+}
+
+// The random orders [T,T] of one problem.
+Longs random_orders(int num_tasks, int64_t seed, int64_t step, int64_t problem) {
+  require(num_tasks >= 0 && num_tasks <= 65536, "num_tasks: expected 0 to 65536");
+  const int64_t rng[2] = {seed, step};
+  const Order order{OrderKind::random, nullptr, false, rng};
+  std::vector<int32_t> scratch(static_cast<size_t>(order_scratch_words(num_tasks)));
+  Longs orders(Sizes{num_tasks, num_tasks});
+  for (int row = 0; row < num_tasks; ++row) {
+    visiting_order(HostTeam(), order, problem, row, num_tasks, scratch.data());
+    std::copy(scratch.begin(), scratch.begin() + num_tasks, orders.mutable_data(row));
+  }
+  return orders;
+}
+
+py::tuple philox_words(const std::array<uint32_t, 4>& counter, const std::array<uint32_t, 2>& key) {
+  const Philox random = philox({{counter[0], counter[1], counter[2], counter[3]}}, key[0], key[1]);
+  return py::make_tuple(random.word[0], random.word[1], random.word[2], random.word[3]);
+}
+
+py::dict build_info() {
+  py::dict info;
+  info["version"] = FASTMTL_VERSION;
+#if defined(__clang__)
+  info["compiler"] = "clang " __clang_version__;
+#else
+  info["compiler"] = "gcc " __VERSION__;
+#endif
+#ifdef TORCH_TARGET_VERSION
+  constexpr uint64_t kTorch = TORCH_TARGET_VERSION;
+  info["torch_target"] = std::to_string(kTorch >> 56) + "." + std::to_string(kTorch >> 48 & 0xff);
+#else
+  info["torch_target"] = py::none();
+#endif
+#ifdef WITH_CUDA
+  info["cuda"] = true;
+  info["cuda_archs"] = FASTMTL_CUDA_ARCHS;
+#else
+  info["cuda"] = false;
+  info["cuda_archs"] = "";
+#endif
+  info["cpu_capability"] = cpu_capability();
+  info["num_threads"] = num_threads();
+  return info;
+}
+
+}  // namespace
+}  // namespace fastmtl
+
+PYBIND11_MODULE(_C, m) {
+  using namespace pybind11::literals;
+  m.doc() = "The compiled part of fastmtl.";
+  m.def("build_info", &fastmtl::build_info, "How this binary was built, and what it uses on this machine.");
+  m.def("set_cpu_capability", &fastmtl::set_cpu_capability, "name"_a,
+        "Lowers (or restores) the instruction set of the CPU kernels; False where this CPU lacks it.");
+  m.def("philox", &fastmtl::philox_words, "counter"_a, "key"_a, "Philox4x32-10.");
+  m.def("visiting_order", &fastmtl::random_orders, "num_tasks"_a, "seed"_a, "step"_a,
+        "problem"_a, "The random orders [T,T] of one problem (csrc/solvers/order.h).");
+  m.def("min_norm", &fastmtl::min_norm, "gramian"_a, "mask"_a.none(true));
+  m.def("pcgrad", &fastmtl::pcgrad, "gramian"_a, "mask"_a.none(true), "order_kind"_a, "order"_a.none(true), "seed"_a,
+        "step"_a, "include_self"_a, "mean"_a);
+  m.def("gradvac", &fastmtl::gradvac, "gramian"_a, "targets"_a, "mask"_a.none(true), "order_kind"_a,
+        "order"_a.none(true), "seed"_a, "step"_a, "beta"_a, "ema_first"_a, "ema_always"_a);
+}

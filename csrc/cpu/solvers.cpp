@@ -1,0 +1,97 @@
+// The T x T solvers on the host: problems are independent, so they are spread over threads where they are worth it.
+#include <algorithm>
+#include <cmath>
+#include <functional>
+#include <limits>
+#include <vector>
+
+#include "../parallel.h"
+#include "../solvers/gradvac.h"
+#include "../solvers/min_norm.h"
+#include "../solvers/pcgrad.h"
+
+namespace fastmtl {
+namespace {
+
+// A problem of fewer tasks than this, times its number, is not worth waking a thread for.
+constexpr int64_t kParallelCube = 1 << 15;
+
+// Calls solve(k, scratch) for every problem, with `scratch_size` doubles.
+void for_each_problem(const Problems& problems, int64_t scratch_size, const std::function<void(int64_t, double*)>& solve) {
+  const int64_t t = problems.num_tasks;
+  const int64_t work = problems.count * t * t * t;
+  const int64_t chunks = work < kParallelCube ? 1 : std::min<int64_t>(problems.count, num_threads());
+  std::vector<double> scratch(static_cast<size_t>(chunks * scratch_size));
+  const auto run = [&](int64_t chunk) {
+    for (int64_t k = chunk; k < problems.count; k += chunks) solve(k, scratch.data() + chunk * scratch_size);
+  };
+  if (chunks <= 1) {
+    if (problems.count > 0) run(0);
+  } else {
+    parallel_for(chunks, run);
+  }
+}
+
+int count_present(const Problem& problem) {
+  int count = 0;
+  for (int t = 0; t < problem.num_tasks; ++t) count += problem.present(t);
+  return count;
+}
+
+}  // namespace
+
+void min_norm_cpu(const Problems& problems, const MinNorm& method) {
+  const int64_t t = problems.num_tasks;
+  for_each_problem(problems, min_norm_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
+    method.gap[k] = min_norm_problem(HostTeam(), problem_at(problems, k), scratch, method.weights + k * t);
+  });
+}
+
+void pcgrad_cpu(const Problems& problems, const PCGrad& method) {
+  const int64_t t = problems.num_tasks;
+  for_each_problem(problems, t + pcgrad_row_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
+    const HostTeam team;
+    const Problem problem = problem_at(problems, k);
+    double* weights = method.weights + k * t;
+    if (!is_finite(team, problem)) {
+      std::fill(weights, weights + t, std::numeric_limits<double>::quiet_NaN());
+      return;
+    }
+    std::fill(weights, weights + t, 0.0);
+    double* coefficients = scratch;
+    for (int row = 0; row < t; ++row) {
+      if (!problem.present(row)) continue;
+      pcgrad_row(team, problem, method.order, method.include_self, row, scratch + t, coefficients);
+      for (int64_t j = 0; j < t; ++j) weights[j] += coefficients[j];
+    }
+    if (!method.mean) return;
+    const double count = std::max(count_present(problem), 1);
+    for (int64_t j = 0; j < t; ++j) weights[j] /= count;
+  });
+}
+
+void gradvac_cpu(const Problems& problems, const GradVac& method) {
+  const int64_t t = problems.num_tasks;
+  const GradVacRule rule = {method.beta, method.ema_first, method.ema_always};
+  for_each_problem(problems, t + gradvac_row_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
+    const HostTeam team;
+    const Problem problem = problem_at(problems, k);
+    double* weights = method.weights + k * t;
+    const double* targets = method.targets + k * t * t;
+    double* new_targets = method.new_targets + k * t * t;
+    if (!is_finite(team, problem)) {
+      std::fill(weights, weights + t, std::numeric_limits<double>::quiet_NaN());
+      if (new_targets != targets) std::copy(targets, targets + t * t, new_targets);
+      return;
+    }
+    std::fill(weights, weights + t, 0.0);
+    double* coefficients = scratch;
+    for (int row = 0; row < t; ++row) {
+      gradvac_row(team, problem, method.order, rule, row, targets + row * t, new_targets + row * t, scratch + t,
+                  coefficients);
+      for (int64_t j = 0; j < t; ++j) weights[j] += coefficients[j];
+    }
+  });
+}
+
+}  // namespace fastmtl

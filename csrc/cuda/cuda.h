@@ -1,0 +1,28 @@
+// The CUDA backend. No torch: raw pointers, sizes, a stream. All calls are asynchronous and free of host syncs.
+// `rows` is a host table of device pointers; the other pointers are device memory. `scratch` is device memory of the
+// size that the function of that name tells, owned by the caller until the stream has passed the call.
+#pragma once
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+
+#include "../rows.h"
+#include "../solvers/solvers.h"
+
+namespace fastmtl {
+
+size_t gram_cuda_scratch(const Rows& rows);
+cudaError_t gram_cuda(const Rows& rows, void* scratch, double* gramian, cudaStream_t stream);
+
+// As combine_cpu. out: a host table of device pointers. No scratch.
+cudaError_t combine_cuda(const Rows& rows, const double* weights, void* const* out, bool accumulate,
+                         cudaStream_t stream);
+
+size_t min_norm_cuda_scratch(const Problems&);
+cudaError_t min_norm_cuda(const Problems&, const MinNorm&, void* scratch, cudaStream_t stream);
+size_t pcgrad_cuda_scratch(const Problems&);
+cudaError_t pcgrad_cuda(const Problems&, const PCGrad&, void* scratch, cudaStream_t stream);
+size_t gradvac_cuda_scratch(const Problems&);
+cudaError_t gradvac_cuda(const Problems&, const GradVac&, void* scratch, cudaStream_t stream);
+
+}  // namespace fastmtl

@@ -1,0 +1,163 @@
+// The batched T x T solvers: csrc/solvers/ run by warps and blocks.
+//
+// PCGrad, GradVac: one warp per problem and row i, K * T warps; then the rows' coefficients are added, in order.
+// Min-norm: one warp (T <= 32) or one block per problem.
+// What a solver works on lies in shared memory where it fits, else in the caller's scratch.
+#include "../solvers/gradvac.h"
+#include "../solvers/min_norm.h"
+#include "../solvers/pcgrad.h"
+#include "cuda.h"
+#include "launch.h"
+#include "ptx.h"
+#include "teams.h"
+
+namespace fastmtl {
+namespace {
+
+constexpr int kWarp = 32, kBlock = 256;
+constexpr int64_t kSharedBytes = 40 << 10;  // of the 48 KB that need no opt-in
+
+bool fits_shared(int64_t doubles) { return doubles * int64_t{sizeof(double)} <= kSharedBytes; }
+size_t shared_bytes(int64_t doubles) { return fits_shared(doubles) ? doubles * sizeof(double) : 0; }
+size_t scratch_bytes(int64_t doubles, int64_t count) {
+  return fits_shared(doubles) ? 0 : doubles * count * sizeof(double);
+}
+
+// The memory of this block's solver: `doubles` of shared memory where scratch is null, else of scratch.
+__device__ __forceinline__ double* solver_memory(double* scratch, int64_t doubles) {
+  if (scratch) return scratch + blockIdx.x * doubles;
+  DYNAMIC_SHARED(double, memory);
+  return memory;
+}
+
+// ---- PCGrad and GradVac ----
+
+__device__ __forceinline__ void fill_row(double value, int num_tasks, double* row) {
+  for (int j = threadIdx.x; j < num_tasks; j += kWarp) row[j] = value;
+}
+
+__global__ void __launch_bounds__(kWarp)
+    pcgrad_rows_kernel(Problems problems, PCGrad args, double* scratch, double* coefficients) {
+  const int num_tasks = problems.num_tasks, row = blockIdx.x % num_tasks;
+  const Problem problem = problem_at(problems, blockIdx.x / num_tasks);
+  double* const mine = coefficients + int64_t{blockIdx.x} * num_tasks;
+  const WarpTeam team;
+  if (!is_finite(team, problem)) {
+    fill_row(nan(""), num_tasks, mine);
+    return;
+  }
+  pcgrad_row(team, problem, args.order, args.include_self, row, solver_memory(scratch, pcgrad_row_scratch(num_tasks)),
+             mine);
+}
+
+__global__ void __launch_bounds__(kWarp)
+    gradvac_rows_kernel(Problems problems, GradVac args, double* scratch, double* coefficients) {
+  const int num_tasks = problems.num_tasks, row = blockIdx.x % num_tasks;
+  const Problem problem = problem_at(problems, blockIdx.x / num_tasks);
+  const int64_t first = int64_t{blockIdx.x} * num_tasks;
+  const WarpTeam team;
+  if (!is_finite(team, problem)) {
+    fill_row(nan(""), num_tasks, coefficients + first);
+    for (int j = threadIdx.x; j < num_tasks; j += kWarp) args.new_targets[first + j] = args.targets[first + j];
+    return;
+  }
+  gradvac_row(team, problem, args.order, GradVacRule{args.beta, args.ema_first, args.ema_always}, row,
+              args.targets + first, args.new_targets + first, solver_memory(scratch, gradvac_row_scratch(num_tasks)),
+              coefficients + first);
+}
+
+// weights[k][j] = sum_i coefficients[k][i][j], over the number of present tasks for the mean. Block (x, k).
+__global__ void __launch_bounds__(kBlock)
+    sum_rows_kernel(Problems problems, bool mean, const double* __restrict__ coefficients,
+                    double* __restrict__ weights) {
+  const int num_tasks = problems.num_tasks;
+  const int64_t index = int64_t{blockIdx.x} * kBlock + threadIdx.x;
+  if (index >= problems.count * num_tasks) return;
+  const int64_t k = index / num_tasks;
+  const Problem problem = problem_at(problems, k);
+  const double* column = coefficients + k * num_tasks * num_tasks + index % num_tasks;
+  double sum = 0;
+  int present = 0;
+  for (int i = 0; i < num_tasks; ++i) {
+    sum += column[int64_t{i} * num_tasks];
+    present += problem.present(i);
+  }
+  weights[index] = mean && present > 0 ? sum / present : sum;
+}
+
+// scratch: coefficients [K,T,T], then the solvers' memory where it is too large for shared memory.
+int64_t num_coefficients(const Problems& problems) { return problems.count * problems.num_tasks * problems.num_tasks; }
+
+size_t rows_scratch(const Problems& problems, int64_t doubles) {
+  return num_coefficients(problems) * sizeof(double) + scratch_bytes(doubles, problems.count * problems.num_tasks);
+}
+
+template <class Args>
+cudaError_t launch_rows(void (*kernel)(Problems, Args, double*, double*), const Problems& problems, const Args& args,
+                        bool mean, int64_t doubles, void* scratch, cudaStream_t stream) {
+  const int64_t num_rows = problems.count * problems.num_tasks;
+  if (num_rows == 0) return cudaSuccess;
+  double* const coefficients = static_cast<double*>(scratch);
+  double* const memory = fits_shared(doubles) ? nullptr : coefficients + num_coefficients(problems);
+  cudaError_t error =
+      launch(kernel, dim3(num_rows), kWarp, shared_bytes(doubles), stream, problems, args, memory, coefficients);
+  if (error != cudaSuccess) return error;
+  return launch(sum_rows_kernel, dim3((num_rows + kBlock - 1) / kBlock), kBlock, 0, stream, problems, mean,
+                coefficients, args.weights);
+}
+
+// ---- min-norm ----
+
+template <class Team>
+__device__ __forceinline__ void solve_min_norm(const Team& team, const Problems& problems, const MinNorm& args,
+                                               double* scratch) {
+  const int64_t k = blockIdx.x;
+  const int num_tasks = problems.num_tasks;
+  const double gap = min_norm_problem(
+      team, problem_at(problems, k), solver_memory(scratch, min_norm_scratch(num_tasks)), args.weights + k * num_tasks);
+  if (team.rank() == 0) args.gap[k] = gap;
+}
+
+__global__ void __launch_bounds__(kWarp) min_norm_warp_kernel(Problems problems, MinNorm args, double* scratch) {
+  solve_min_norm(WarpTeam(), problems, args, scratch);
+}
+
+__global__ void __launch_bounds__(kBlock) min_norm_block_kernel(Problems problems, MinNorm args, double* scratch) {
+  SHARED(BlockTeam<kBlock>::Memory, memory, [1]);
+  solve_min_norm(BlockTeam<kBlock>(memory), problems, args, scratch);
+}
+
+}  // namespace
+
+size_t pcgrad_cuda_scratch(const Problems& problems) {
+  return rows_scratch(problems, pcgrad_row_scratch(problems.num_tasks));
+}
+
+cudaError_t pcgrad_cuda(const Problems& problems, const PCGrad& args, void* scratch, cudaStream_t stream) {
+  return launch_rows(pcgrad_rows_kernel, problems, args, args.mean, pcgrad_row_scratch(problems.num_tasks), scratch,
+                     stream);
+}
+
+size_t gradvac_cuda_scratch(const Problems& problems) {
+  return rows_scratch(problems, gradvac_row_scratch(problems.num_tasks));
+}
+
+cudaError_t gradvac_cuda(const Problems& problems, const GradVac& args, void* scratch, cudaStream_t stream) {
+  return launch_rows(gradvac_rows_kernel, problems, args, false, gradvac_row_scratch(problems.num_tasks), scratch,
+                     stream);
+}
+
+size_t min_norm_cuda_scratch(const Problems& problems) {
+  return scratch_bytes(min_norm_scratch(problems.num_tasks), problems.count);
+}
+
+cudaError_t min_norm_cuda(const Problems& problems, const MinNorm& args, void* scratch, cudaStream_t stream) {
+  if (problems.count == 0) return cudaSuccess;
+  const int64_t doubles = min_norm_scratch(problems.num_tasks);
+  double* const memory = fits_shared(doubles) ? nullptr : static_cast<double*>(scratch);
+  const bool warp = problems.num_tasks <= kWarp;
+  return launch(warp ? min_norm_warp_kernel : min_norm_block_kernel, dim3(problems.count), warp ? kWarp : kBlock,
+                shared_bytes(doubles), stream, problems, args, memory);
+}
+
+}  // namespace fastmtl

@@ -1,0 +1,266 @@
+// The torch operators of fastmtl: schemas, validation, and the call into the backend of the tensors' device.
+// Stable ABI only: one binary serves every torch >= 2.10. What the operators compute is documented in fastmtl/ops.py.
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <optional>
+#include <vector>
+
+#include "cpu/cpu.h"
+#include "parallel.h"
+#include "solvers/solvers.h"
+#include "tensor_rows.h"
+#ifdef WITH_CUDA
+#include <dlfcn.h>
+
+#include "cuda/cuda.h"
+#endif
+
+namespace fastmtl {
+
+int num_threads() { return static_cast<int>(torch::stable::get_num_threads()); }
+
+void parallel_for(int64_t n, const std::function<void(int64_t)>& body) {
+  if (n <= 1 || num_threads() == 1) {
+    for (int64_t i = 0; i < n; ++i) body(i);
+    return;
+  }
+  torch::stable::parallel_for(0, n, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) body(i);
+  });
+}
+
+namespace {
+
+using torch::headeronly::DeviceType;
+using torch::headeronly::ScalarType;
+using torch::stable::Device;
+using torch::stable::Tensor;
+using torch::stable::detail::from;
+using torch::stable::detail::to;
+using OptionalInts = std::optional<std::vector<int64_t>>;
+
+Tensor new_double(std::vector<int64_t> sizes, Device device) {
+  return torch::stable::empty(sizes, ScalarType::Double, std::nullopt, device);
+}
+
+#ifdef WITH_CUDA
+// The stream of torch's CUDA, found at run time: the same binary must also load where torch has no CUDA.
+cudaStream_t current_stream(int32_t device) {
+  using Get = AOTITorchError (*)(int32_t, void**);
+  static const Get get = [] {
+    void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
+    return library ? reinterpret_cast<Get>(dlsym(library, "aoti_torch_get_current_cuda_stream")) : nullptr;
+  }();
+  void* stream = nullptr;
+  if (!get || get(device, &stream) != 0) throw std::runtime_error("fastmtl: torch gives no current CUDA stream");
+  return static_cast<cudaStream_t>(stream);
+}
+
+// Device, stream and scratch memory of one call into the CUDA backend.
+struct CudaCall {
+  torch::stable::accelerator::DeviceGuard guard;
+  cudaStream_t stream;
+  Device device;
+  std::optional<Tensor> memory;
+
+  explicit CudaCall(int32_t index) : guard(index), stream(current_stream(index)), device(DeviceType::CUDA, index) {}
+  void* scratch(size_t bytes) {
+    if (bytes == 0) return nullptr;
+    memory = torch::stable::empty({static_cast<int64_t>(bytes)}, ScalarType::Byte, std::nullopt, device);
+    return memory->mutable_data_ptr();
+  }
+  static void check(cudaError_t e, const char* op) {
+    if (e != cudaSuccess) throw std::runtime_error(std::string("fastmtl::") + op + ": " + cudaGetErrorString(e));
+  }
+};
+#endif
+
+// ---- gram and combine -------------------------------------------------------------------------------------------
+
+Tensor gram(const TensorRows& rows) {
+  const auto& r = rows.rows();
+  Tensor gramian = new_double({r.num_groups, r.num_tasks, r.num_tasks}, rows.device());
+  double* out = gramian.mutable_data_ptr<double>();
+#ifdef WITH_CUDA
+  if (rows.is_cuda()) {
+    CudaCall call(rows.device().index());
+    CudaCall::check(gram_cuda(r, call.scratch(gram_cuda_scratch(r)), out, call.stream), "gram");
+    return gramian;
+  }
+#endif
+  gram_cpu(r, out);
+  return gramian;
+}
+
+void combine_into(const TensorRows& rows, const Tensor& weights, std::vector<void*> out, bool accumulate) {
+  const auto& r = rows.rows();
+  check_double(weights, {r.num_groups, r.num_tasks}, rows.device(), "weights");
+  const double* w = weights.const_data_ptr<double>();
+#ifdef WITH_CUDA
+  if (rows.is_cuda()) {
+    CudaCall call(rows.device().index());
+    CudaCall::check(combine_cuda(r, w, out.data(), accumulate, call.stream), "combine");
+    return;
+  }
+#endif
+  combine_cpu(r, w, out.data(), accumulate);
+}
+
+// gram(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, int num_groups) -> Tensor
+void gram_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  TensorList list(stack[0]);
+  auto num_tasks = to<int64_t>(stack[1]);
+  auto stacked = to<bool>(stack[2]);
+  auto groups = to<OptionalInts>(stack[3]);
+  auto num_groups = to<int64_t>(stack[4]);
+  TensorRows rows("gram", list, num_tasks, stacked, groups, num_groups);
+  stack[0] = from(gram(rows));
+}
+
+// combine(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights) -> Tensor[]
+void combine_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  TensorList list(stack[0]);
+  auto num_tasks = to<int64_t>(stack[1]);
+  auto stacked = to<bool>(stack[2]);
+  auto groups = to<OptionalInts>(stack[3]);
+  auto weights = to<Tensor>(stack[4]);
+  TensorRows rows("combine", list, num_tasks, stacked, groups, num_groups_of(weights));
+  std::vector<Tensor> out = rows.new_outputs();
+  std::vector<void*> pointers;
+  for (Tensor& t : out) pointers.push_back(t.mutable_data_ptr());
+  combine_into(rows, weights, std::move(pointers), false);
+  stack[0] = from(out);
+}
+
+// combine_(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights, Tensor(a!)[] out) -> ()
+void combine_inplace_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  TensorList list(stack[0]);
+  auto num_tasks = to<int64_t>(stack[1]);
+  auto stacked = to<bool>(stack[2]);
+  auto groups = to<OptionalInts>(stack[3]);
+  auto weights = to<Tensor>(stack[4]);
+  auto out = to<std::vector<Tensor>>(stack[5]);
+  OutputTensors targets(out);
+  TensorRows rows("combine_", list, num_tasks, stacked, groups, num_groups_of(weights), &targets.dense());
+  combine_into(rows, weights, targets.pointers(), true);
+  targets.write_back();
+}
+
+// ---- solvers ----------------------------------------------------------------------------------------------------
+
+struct GramianArgs {
+  Problems problems;
+  std::vector<int64_t> sizes;
+  Device device;
+};
+
+GramianArgs problems_of(const Tensor& gramian, const std::optional<Tensor>& mask) {
+  if (gramian.dim() != 3 || gramian.size(1) != gramian.size(2))
+    throw std::invalid_argument("gramian: expected shape [K, T, T], found " + shape_text(gramian));
+  int64_t groups = gramian.size(0), tasks = gramian.size(1);
+  check_double(gramian, {groups, tasks, tasks}, gramian.device(), "gramian");
+  const uint8_t* m = nullptr;
+  if (mask) {
+    check_tensor(*mask, ScalarType::Bool, {groups, tasks}, gramian.device(), "mask");
+    m = reinterpret_cast<const uint8_t*>(mask->const_data_ptr());
+  }
+  return {{groups, static_cast<int32_t>(tasks), gramian.const_data_ptr<double>(), m}, {groups, tasks}, gramian.device()};
+}
+
+Order order_of(const GramianArgs& g, const std::optional<Tensor>& order, const std::optional<Tensor>& rng,
+               int64_t kind) {
+  int64_t groups = g.sizes[0], tasks = g.sizes[1];
+  Order o{static_cast<OrderKind>(kind), nullptr, false, nullptr};
+  if (kind < 0 || kind > 2) throw std::invalid_argument("order_kind: expected 0, 1 or 2, found " + std::to_string(kind));
+  if (order) {
+    o.batched = order->dim() == 3;
+    auto sizes = o.batched ? std::vector<int64_t>{groups, tasks, tasks} : std::vector<int64_t>{tasks, tasks};
+    check_tensor(*order, ScalarType::Long, sizes, g.device, "order");
+    o.explicit_order = order->const_data_ptr<int64_t>();
+  } else if (o.kind != OrderKind::fixed) {
+    if (!rng) throw std::invalid_argument("rng: a random order needs the tensor [seed, step]");
+    check_tensor(*rng, ScalarType::Long, {2}, g.device, "rng");
+    o.rng = rng->const_data_ptr<int64_t>();
+  }
+  return o;
+}
+
+#ifdef WITH_CUDA
+#define FASTMTL_SOLVE(name, g, args)                                                                        \
+  do {                                                                                                      \
+    if ((g).device.type() == DeviceType::CUDA) {                                                            \
+      CudaCall call((g).device.index());                                                                    \
+      CudaCall::check(name##_cuda((g).problems, args, call.scratch(name##_cuda_scratch((g).problems)),      \
+                                  call.stream),                                                             \
+                      #name);                                                                               \
+    } else {                                                                                                \
+      name##_cpu((g).problems, args);                                                                       \
+    }                                                                                                       \
+  } while (false)
+#else
+#define FASTMTL_SOLVE(name, g, args) name##_cpu((g).problems, args)
+#endif
+
+std::tuple<Tensor, Tensor> min_norm(const Tensor& gramian, std::optional<Tensor> mask) {
+  auto g = problems_of(gramian, mask);
+  Tensor weights = new_double(g.sizes, g.device), gap = new_double({g.sizes[0]}, g.device);
+  MinNorm args{weights.mutable_data_ptr<double>(), gap.mutable_data_ptr<double>()};
+  FASTMTL_SOLVE(min_norm, g, args);
+  return {weights, gap};
+}
+
+Tensor pcgrad(const Tensor& gramian, std::optional<Tensor> mask, std::optional<Tensor> order,
+              std::optional<Tensor> rng, int64_t order_kind, bool include_self, bool mean) {
+  auto g = problems_of(gramian, mask);
+  Tensor weights = new_double(g.sizes, g.device);
+  PCGrad args{order_of(g, order, rng, order_kind), include_self, mean, weights.mutable_data_ptr<double>()};
+  FASTMTL_SOLVE(pcgrad, g, args);
+  return weights;
+}
+
+std::tuple<Tensor, Tensor> gradvac(const Tensor& gramian, std::optional<Tensor> mask, std::optional<Tensor> order,
+                                   std::optional<Tensor> rng, int64_t order_kind, const Tensor& targets, double beta,
+                                   bool ema_first, bool ema_always) {
+  auto g = problems_of(gramian, mask);
+  check_double(targets, {g.sizes[0], g.sizes[1], g.sizes[1]}, g.device, "targets");
+  Tensor weights = new_double(g.sizes, g.device);
+  Tensor moved = new_double({g.sizes[0], g.sizes[1], g.sizes[1]}, g.device);
+  GradVac args{order_of(g, order, rng, order_kind), beta, ema_first, ema_always, targets.const_data_ptr<double>(),
+               moved.mutable_data_ptr<double>(), weights.mutable_data_ptr<double>()};
+  FASTMTL_SOLVE(gradvac, g, args);
+  return {weights, moved};
+}
+
+template <class Library>
+void implement(Library& m) {
+  m.impl("gram", &gram_boxed);
+  m.impl("combine", &combine_boxed);
+  m.impl("combine_", &combine_inplace_boxed);
+  m.impl("min_norm", TORCH_BOX(&min_norm));
+  m.impl("pcgrad", TORCH_BOX(&pcgrad));
+  m.impl("gradvac", TORCH_BOX(&gradvac));
+}
+
+}  // namespace
+}  // namespace fastmtl
+
+STABLE_TORCH_LIBRARY(fastmtl, m) {
+  m.def("gram(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, int num_groups) -> Tensor");
+  m.def("combine(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights) -> Tensor[]");
+  m.def("combine_(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights, Tensor(a!)[] out) -> ()");
+  m.def("min_norm(Tensor gramian, Tensor? mask) -> (Tensor, Tensor)");
+  m.def(
+      "pcgrad(Tensor gramian, Tensor? mask, Tensor? order, Tensor? rng, int order_kind, bool include_self, bool mean)"
+      " -> Tensor");
+  m.def(
+      "gradvac(Tensor gramian, Tensor? mask, Tensor? order, Tensor? rng, int order_kind, Tensor targets, float beta,"
+      " bool ema_first, bool ema_always) -> (Tensor, Tensor)");
+}
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) { fastmtl::implement(m); }
+#ifdef WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CUDA, m) { fastmtl::implement(m); }
+#endif

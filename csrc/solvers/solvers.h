@@ -1,0 +1,45 @@
+// The batched T x T solvers as the backends offer them: K independent problems, all pointers in the backend's memory.
+//
+// Common to all: gramian [K,T,T] is symmetric; only its entries among the tasks of the mask are read. mask [K,T] (null:
+// all present): a task that is not present has weight 0. Where a present entry of M is not finite, all weights of that
+// problem are NaN at once, and state passes through unchanged.
+#pragma once
+#include <cstdint>
+
+namespace fastmtl {
+
+struct Problems {
+  int64_t count;          // K
+  int32_t num_tasks;      // T
+  const double* gramian;  // [K,T,T]
+  const uint8_t* mask;    // [K,T] or null
+};
+
+// In which order task i meets the others. `explicit_order` [T,T] or, if batched, [K,T,T]: row i is a permutation of
+// 0..T-1. Without it: random: row i of problem k is drawn by Philox from (rng[0] = seed, rng[1] = step, k, i);
+// shared: the draw of i = 0 for all i; fixed: 0, 1, .., T-1.
+enum class OrderKind : int32_t { random = 0, fixed = 1, shared = 2 };
+struct Order {
+  OrderKind kind;
+  const int64_t* explicit_order;
+  bool batched;
+  const int64_t* rng;     // [2]: seed, step; in the backend's memory; may be null for fixed and explicit orders
+};
+
+// argmin |sum_t w_t g_t|^2 on the simplex. gap [K]: |x|^2 - min_t (Mw)_t.
+struct MinNorm { double* weights; double* gap; };
+
+struct PCGrad { Order order; bool include_self; bool mean; double* weights; };
+
+// targets [K,T,T]: the target cosines before; new_targets: after. ema_first: targets move before they are compared.
+// ema_always: they move on every pair (paper), else only where a correction was made.
+struct GradVac {
+  Order order; double beta; bool ema_first; bool ema_always;
+  const double* targets; double* new_targets; double* weights;
+};
+
+void min_norm_cpu(const Problems&, const MinNorm&);
+void pcgrad_cpu(const Problems&, const PCGrad&);
+void gradvac_cpu(const Problems&, const GradVac&);
+
+}  // namespace fastmtl

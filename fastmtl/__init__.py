@@ -1,0 +1,40 @@
+"""fastmtl: train one PyTorch model on many tasks.
+
+A gradient method is rows -> Gramian -> weights -> combine. The ways in: `backward` (parameter level),
+`FeatureSurgery` (feature level), `TaskGradients` (one batch per task), `aggregate` (gradients at hand).
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from fastmtl import ops, reference
+from fastmtl.aggregate import aggregate
+from fastmtl.backward import backward
+from fastmtl.layer import FeatureSurgery
+from fastmtl.result import Result
+from fastmtl.surgery import MGDA, GradientMethod, GradNorm, GradVac, PCGrad, Step
+from fastmtl.task_gradients import TaskGradients
+from fastmtl.weighting import LossWeighting, UncertaintyWeighting
+
+try:
+    __version__ = version("fastmtl")
+except PackageNotFoundError:  # run from a checkout that was never installed
+    __version__ = "unknown"
+
+__all__ = [
+    "MGDA",
+    "FeatureSurgery",
+    "GradNorm",
+    "GradVac",
+    "GradientMethod",
+    "LossWeighting",
+    "PCGrad",
+    "Result",
+    "Step",
+    "TaskGradients",
+    "UncertaintyWeighting",
+    "aggregate",
+    "backward",
+    "ops",
+    "reference",
+
+]

@@ -1,0 +1,67 @@
+"""``python -m fastmtl info|demo``."""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+
+USAGE = """usage: python -m fastmtl COMMAND
+
+  info   versions, what the compiled extension is and can, what to do where it is missing
+  demo   train 25 tasks on customer reviews with every method (--help for options)
+"""
+
+
+def info() -> int:
+    """Print versions, the state of the compiled extension, and what to do."""
+    import torch
+
+    import fastmtl
+    from fastmtl import _extension
+
+    lines = [
+        ("fastmtl", fastmtl.__version__),
+        ("python", f"{platform.python_version()} on {platform.machine()} {platform.system()}"),
+        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not in it'}, {torch.get_num_threads()} threads"),
+    ]
+    if _extension.module is None:
+        lines += [("extension", f"missing: {_extension.missing_because}"), ("to do", _extension.CURE)]
+    else:
+        build = _extension.module.build_info()
+        lines += [
+            ("extension", f"loaded, built with {build['compiler']} for torch >= 2.10"),
+            ("CPU kernels", f"{build['cpu_capability']}"),
+            ("CUDA kernels", f"for {build['cuda_archs']}" if build["cuda"] else "not built"),
+        ]
+        if not build["cuda"] and torch.version.cuda:
+            lines.append(("to do", "this torch has CUDA: reinstall fastmtl where nvcc is found (CUDA_HOME, FASTMTL_CUDA=1)"))
+    if torch.cuda.is_available():
+        lines += [(f"GPU {i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
+    for name, value in lines:
+        print(f"{name:<13} {value}")
+    return 0
+
+
+def main(argv: list[str]) -> int:
+    """Run a command; returns the exit status."""
+    command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
+    if command == "info":
+        return info()
+    if command == "demo":
+        from fastmtl import demo
+
+        return demo.main(rest)
+    print(USAGE, end="", file=sys.stdout if command in ("-h", "--help") else sys.stderr)
+    if command not in ("-h", "--help"):
+        print(f"python -m fastmtl: unknown command {command!r}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except BrokenPipeError:  # `| head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)

@@ -1,0 +1,66 @@
+"""For those who already hold per-task gradients."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.engine import Method, check_method, decide
+from fastmtl.losses import LossesLike, parse_losses
+from fastmtl.result import Result
+from fastmtl.rows import Gradients, as_rows
+from fastmtl.weighting.base import LossWeighting
+
+
+def aggregate(
+    grads: Gradients, method: Method, *, groups: Sequence[int] | None = None, losses: LossesLike | None = None
+) -> Result:
+    """Combine per-task gradients by a method.
+
+    Args:
+        grads: A Jacobian ``[T, P]``; or one stacked ``[T, *shape]`` tensor per parameter; or T tensors or None (the
+            task does not reach it) per parameter. float32, float64, bfloat16 or float16, on one device.
+        method: A gradient method; or a loss weighting, together with ``losses``.
+        groups: Per parameter the index of its group, 0..K-1; None: one group.
+        losses: Loss values, for methods that need them.
+
+    Returns:
+        `Result`: ``grads`` is ``[P]`` for a Jacobian, else a list with one tensor per parameter (None where no task
+        reaches it); ``weights`` and ``gramian`` as there.
+
+    Raises:
+        TypeError: ``grads`` or ``method`` is of the wrong type.
+        ValueError: Shapes that do not fit, losses that are missing or of another number.
+
+    Note:
+        Cost: two reads of the gradients and one write of P; the gradients are not written. No host synchronisation.
+
+    Example:
+        >>> import torch, fastmtl
+        >>> fastmtl.aggregate(torch.tensor([[-4., 1., 1.], [6., 1., 1.]]), fastmtl.MGDA()).grads
+        tensor([0., 1., 1.])
+    """
+    check_method(method)
+    rows = as_rows(grads, groups)
+    parsed = None if losses is None else parse_losses(losses, differentiable=False)
+    if parsed is not None and len(parsed) != rows.num_tasks:
+        raise ValueError(f"losses: expected {rows.num_tasks} tasks, found {len(parsed)}")
+    gramian: Tensor | None = None
+    if isinstance(method, LossWeighting):
+        if parsed is None:
+            raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
+        total, weights = method.slopes(parsed.items)
+        if total.requires_grad:
+            total.backward()
+        weights = weights.to(rows.device).expand(rows.num_groups, -1)
+    else:
+        gramian = ops.gram(rows)
+        names = parsed.names if parsed is not None else [f"task {t}" for t in range(rows.num_tasks)]
+        weights = decide(method, gramian, rows.mask(), parsed, names).weights
+    combined = ops.combine(rows, weights)
+    out = combined[0] if isinstance(grads, Tensor) else combined
+    if groups is not None:
+        return Result(out, weights, gramian)
+    return Result(out, weights[0], None if gramian is None else gramian[0])

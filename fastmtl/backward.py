@@ -1,0 +1,264 @@
+"""Parameter level: T losses of one batch, exact per-task gradients."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl import ops
+from fastmtl.engine import (
+    Method,
+    accumulate,
+    check_method,
+    check_nonfinite,
+    decide,
+    scale_of,
+    task_mask,
+    unscaled,
+)
+from fastmtl.losses import Losses, LossesLike, parse_losses
+from fastmtl.parameters import GroupsLike, ParamsLike, find_leaves, resolve_groups, resolve_params
+from fastmtl.result import Result
+from fastmtl.rows import Rows, ThroughBackward, ThroughGrad
+from fastmtl.surgery.base import GradientMethod
+from fastmtl.weighting.base import LossWeighting
+
+FILLERS = ("auto", "grad", "backward")
+
+
+def backward(
+    losses: LossesLike,
+    method: Method,
+    shared_params: ParamsLike | None = None,
+    *,
+    model: nn.Module | None = None,
+    groups: GroupsLike | None = None,
+    gramian_params: ParamsLike | None = None,
+    scaler: Any = None,
+    nonfinite: str = "propagate",
+    max_norm: float | None = None,
+    filler: str = "auto",
+    retain_graph: bool = False,
+) -> Result:
+    """Fill ``.grad`` as ``loss.backward()`` does, with the shared parameters' gradients combined by ``method``.
+
+    The other parameters that the losses reach (the heads) get their plain gradient ``sum_t dL_t/dtheta``, or
+    ``sum_t w_t dL_t/dtheta`` if ``method.scale_heads``. Existing ``.grad`` are added to. Surgery per micro-batch is not
+    surgery of the whole batch: to accumulate exactly use `TaskGradients`.
+
+    Args:
+        losses: T scalars of one graph, raw (not multiplied by a loss scale): a sequence, a mapping from task name, or a
+            1-D tensor. None: the task is absent from this batch; it takes no part and gets weight 0.
+        method: A gradient method, or a loss weighting, which enters as ``w_t = d scalar / d L_t`` on all parameters and
+            needs one backward pass only.
+        shared_params: A module, parameters, or names (with ``model``). None: those of ``model`` that at least two
+            tasks reach, found at the first step in which all tasks are present and kept for the model.
+        model: Where names are looked up and shared parameters found.
+        groups: Solve per group: None or ``"all"``, ``"layer"``, ``"tensor"``, or a sequence of modules, parameters or
+            names per group.
+        gramian_params: Take the Gramian on these parameters only (a last shared layer, say): T short backward passes
+            and one weighted one, and no T x P memory. One group only.
+        scaler: A ``torch.amp.GradScaler``: ``.grad`` is left scaled for it, while the method sees raw gradients.
+        nonfinite: Where a gradient or a loss is inf or NaN. ``"propagate"``: ``.grad`` becomes NaN (a scaler then skips
+            the step). ``"drop_task"``: such tasks count as absent. ``"skip"``: no ``.grad`` is changed, the weights are
+            0. ``"raise"``: FloatingPointError naming the tasks. The last three not with a scaler; the last two
+            synchronise with the host once.
+        max_norm: Upper bound of the norm of the combined shared gradient, from the Gramian, without another pass; see
+            `fastmtl.engine.clip` for its rounding. With a scaler: of the unscaled gradient.
+        filler: How rows are obtained. ``"grad"``: ``torch.autograd.grad``, fires no hooks of the parameters.
+            ``"backward"``: ``.backward()``, taking ``.grad``; for reentrant checkpointing and FSDP2. ``"auto"`` picks.
+        retain_graph: Keep the graph afterwards.
+
+    Returns:
+        `Result`; ``grads`` are the shared parameters' ``.grad``.
+
+    Raises:
+        TypeError: ``method`` or a loss is of the wrong type.
+        ValueError: A loss without graph, an unknown option or name, options that exclude each other. ``.grad`` and the
+            method's state are then as before.
+        FloatingPointError: With ``nonfinite="raise"``.
+
+    Note:
+        Cost: T backward passes through the shared part (one, if ``method`` is a loss weighting), then two reads of the
+        T x P per-task gradients and one write of P; T x P memory. No host synchronisation with the default policy.
+
+    Example:
+        >>> import torch, fastmtl
+        >>> x = torch.nn.Parameter(torch.tensor([1., 1., 1.]))
+        >>> jacobian = torch.tensor([[-4., 1., 1.], [6., 1., 1.]])
+        >>> fastmtl.backward(jacobian @ x, fastmtl.MGDA(), shared_params=[x]).weights
+        tensor([0.6000, 0.4000], dtype=torch.float64)
+        >>> x.grad
+        tensor([0., 1., 1.])
+    """
+    check_method(method)
+    check_nonfinite(nonfinite, scaler)
+    if filler not in FILLERS:
+        raise ValueError(f"filler: expected one of {FILLERS}, found {filler!r}")
+    if max_norm is not None and not max_norm > 0:
+        raise ValueError(f"max_norm: expected a positive norm, found {max_norm}")
+    parsed = parse_losses(losses)
+    leaves, kinds = find_leaves(parsed.present)
+    known = _known_shared(shared_params, model)
+    if known is None:
+        assert model is not None
+        candidates = resolve_params(model, model, "model")
+    else:
+        candidates = known
+    ids = {id(p) for p in candidates.values()}
+    heads = [p for p in leaves if id(p) not in ids]
+    if filler == "auto":
+        hidden = "CheckpointFunctionBackward" in kinds or any(hasattr(p, "full_tensor") for p in candidates.values())
+        filler = "backward" if hidden else "grad"
+    passes = _Passes(parsed, filler, scale_of(scaler, parsed.device), retain_graph)
+
+    if isinstance(method, LossWeighting):
+        return _loss_weighting(passes, method, [*candidates.values()], heads)
+    if gramian_params is not None:
+        if groups not in (None, "all"):
+            raise ValueError("gramian_params: knows one group of parameters only; drop groups=")
+        lean = [*resolve_params(gramian_params, model, "gramian_params").values()]
+        return _on_gramian_params(passes, method, [*candidates.values()], heads, lean, nonfinite, max_norm)
+
+    params = [*candidates.values(), *heads]
+    tasks = passes.per_task(params)
+    if known is None:
+        shared = _discover(model, candidates, tasks)
+    else:
+        shared = list(range(len(candidates)))
+    names = [*candidates]
+    indices, num_groups = resolve_groups(groups, {names[i]: params[i] for i in shared}, model)
+    rows = Rows.by_task(_columns(tasks, shared), indices, num_groups)
+    mask = task_mask(rows, parsed)
+    gramian = unscaled(ops.gram(rows), passes.scale)
+    decision = decide(method, gramian, mask, parsed, parsed.names, nonfinite, max_norm)
+    if not decision.skip:
+        accumulate([params[i] for i in shared], rows, decision.weights)
+        rest = sorted(set(range(len(params))) - set(shared))
+        accumulate([params[i] for i in rest], Rows.by_task(_columns(tasks, rest)), decision.for_heads(method))
+    return _result([params[i] for i in shared], decision.weights, gramian, grouped=groups not in (None, "all"))
+
+
+class _Passes:
+    """The backward passes of one step."""
+
+    def __init__(self, losses: Losses, filler: str, scale: Tensor | None, retain_graph: bool) -> None:
+        self.losses, self.scale, self.retain_graph = losses, scale, retain_graph
+        self.through = ThroughGrad if filler == "grad" else ThroughBackward
+
+    def per_task(self, params: Sequence[Tensor], then_more: bool = False) -> list[Sequence[Tensor | None] | None]:
+        """Each task's gradients, None for absent tasks; ``then_more``: keep the graph for further passes."""
+        last = max(t for t, x in enumerate(self.losses.items) if x is not None)
+        with self.through(params) as run:
+            return [
+                None if x is None else run([x], [self._cotangent(x)], self.retain_graph or then_more or t < last)
+                for t, x in enumerate(self.losses.items)
+            ]
+
+    def weighted(
+        self, params: Sequence[Tensor], weights: Tensor | None, then_more: bool = False, aside: Sequence[Tensor] = ()
+    ) -> list[Tensor | None]:
+        """One pass for ``sum_t w_t L_t``; None: the plain sum. ``aside``: must not be accumulated into meanwhile."""
+        outputs, cotangents = [], []
+        for t, x in enumerate(self.losses.items):
+            if x is not None:
+                outputs.append(x)
+                cotangents.append(self._cotangent(x, None if weights is None else weights[t]))
+        everything = [*params, *aside] if self.through is ThroughBackward else params
+        with self.through(everything) as run:
+            return list(run(outputs, cotangents, self.retain_graph or then_more))[: len(params)]
+
+    def _cotangent(self, loss: Tensor, weight: Tensor | None = None) -> Tensor | None:
+        factors = [f for f in (self.scale, weight) if f is not None]
+        if not factors:
+            return None
+        return (factors[0] if len(factors) == 1 else factors[0] * factors[1]).to(loss.dtype)
+
+
+def _loss_weighting(
+    passes: _Passes, method: LossWeighting, shared: Sequence[Tensor], heads: Sequence[Tensor]
+) -> Result:
+    """One pass for everything, the heads weighted too, as by ``method(losses).backward()``."""
+    total, weights = method.slopes(passes.losses.items)
+    params = [*shared, *heads]
+    _accumulate_one(params, passes.weighted(params, weights))
+    if total.requires_grad:
+        total.backward(None if passes.scale is None else passes.scale.to(total.dtype))
+    return Result(tuple(p.grad for p in shared), weights, None)
+
+
+def _on_gramian_params(
+    passes: _Passes,
+    method: GradientMethod,
+    shared: Sequence[Tensor],
+    heads: Sequence[Tensor],
+    lean: Sequence[Tensor],
+    nonfinite: str,
+    max_norm: float | None,
+) -> Result:
+    """The Gramian on ``lean`` only, then one weighted pass; a second, short one where heads stay unweighted."""
+    aside = [] if passes.through is ThroughGrad else [p for p in [*shared, *heads] if all(p is not q for q in lean)]
+    tasks = passes.per_task([*lean, *aside], then_more=True)
+    rows = Rows.by_task(_columns(tasks, range(len(lean))))
+    gramian = unscaled(ops.gram(rows), passes.scale)
+    decision = decide(
+        method, gramian, task_mask(rows, passes.losses), passes.losses, passes.losses.names, nonfinite, max_norm
+    )
+    if not decision.skip:
+        weights, head_weights = decision.weights[0], decision.for_heads(method)[0]
+        if not heads or method.scale_heads:
+            _accumulate_one([*shared, *heads], passes.weighted([*shared, *heads], weights))
+        else:
+            grads = passes.weighted(shared, weights, then_more=True, aside=heads)
+            grads += passes.weighted(heads, head_weights, aside=shared)
+            _accumulate_one([*shared, *heads], grads)
+    return _result(shared, decision.weights, gramian, grouped=False)
+
+
+def _accumulate_one(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+    rows = Rows.by_task([grads])
+    accumulate(params, rows, torch.ones(1, 1, dtype=torch.float64, device=rows.device))
+
+
+def _columns(
+    tasks: Sequence[Sequence[Tensor | None] | None], params: Sequence[int] | range
+) -> list[list[Tensor | None] | None]:
+    return [None if task is None else [task[p] for p in params] for task in tasks]
+
+
+def _result(shared: Sequence[Tensor], weights: Tensor, gramian: Tensor, grouped: bool) -> Result:
+    grads = tuple(p.grad for p in shared)
+    return Result(grads, weights, gramian) if grouped else Result(grads, weights[0], gramian[0])
+
+
+# Names of the parameters that at least two tasks reach, per model; found in a step with all tasks present.
+_shared_of: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
+
+
+def _known_shared(shared_params: ParamsLike | None, model: nn.Module | None) -> dict[str, Tensor] | None:
+    """The shared parameters by name, or None if they are still to be found."""
+    if shared_params is not None:
+        return resolve_params(shared_params, model, "shared_params")
+    if model is None:
+        raise ValueError("shared_params: pass them, or model= to have them found")
+    if model not in _shared_of:
+        return None
+    return resolve_params(_shared_of[model], model, "shared_params")
+
+
+def _discover(
+    model: nn.Module | None, candidates: dict[str, Tensor], tasks: Sequence[Sequence[Tensor | None] | None]
+) -> list[int]:
+    """Indices of the candidates with rows from at least two tasks; remembered if all tasks were present."""
+    present = [task for task in tasks if task is not None]
+    shared = [p for p in range(len(candidates)) if sum(task[p] is not None for task in present) >= 2]
+    if not shared:
+        raise ValueError("model: no parameter is reached by two tasks, so there is nothing to share; pass shared_params=")
+    if len(present) == len(tasks) and model is not None:
+        names = [*candidates]
+        _shared_of[model] = tuple(names[p] for p in shared)
+    return shared

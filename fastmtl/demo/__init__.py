@@ -1,0 +1,129 @@
+"""``python -m fastmtl demo``: 25 things about clothing reviews, one trunk, every method, one table."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NoReturn
+
+__all__ = ["main"]
+
+
+class UsageError(ValueError):
+    """A wrong option."""
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line, printed by ``main``."""
+
+    def error(self, message: str) -> NoReturn:
+        """Raises UsageError."""
+        raise UsageError(message)
+
+
+def positive(text: str) -> int:
+    """Converts a command-line value to a whole number of at least 1."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least 1")
+    return int(text)
+
+
+def seed(text: str) -> int:
+    """Converts a command-line value to a seed."""
+    if not text.isdecimal() or int(text) >= 2**32:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 0..{2**32 - 1}")
+    return int(text)
+
+
+def parse(argv: Sequence[str], methods: Sequence[str]) -> argparse.Namespace:
+    """Returns the options. Raises UsageError with one line for a wrong one."""
+
+    def chosen(text: str) -> tuple[str, ...]:
+        names = [name.strip() for name in text.split(",") if name.strip()]
+        for name in names:
+            if name not in methods:
+                raise argparse.ArgumentTypeError(f"unknown method {name!r}; known: {', '.join(methods)}")
+        return tuple(name for name in methods if name in names or name == "sum")
+
+    parser = Parser(prog="python -m fastmtl demo", description="Trains one net for 25 tasks on clothing reviews.")
+    parser.add_argument(
+        "--methods",
+        type=chosen,
+        default=tuple(methods),
+        metavar="A,B",
+        help=f"methods to compare with summed loss, out of {', '.join(methods)} (default: all)",
+    )
+    parser.add_argument("--steps", type=positive, default=420, help="training steps of each method (%(default)s)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the split, the nets and the batches (%(default)s)")
+    parser.add_argument("--threads", type=positive, default=None, help="threads of PyTorch (default: its own choice)")
+    parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the plots (./%(default)s)")
+    parser.add_argument("--data", type=Path, default=None, help="another file in the format of reviews.npz")
+    parser.add_argument("--quick", action="store_true", help="24 steps only: shows the course, no results")
+    return parser.parse_args(argv)
+
+
+@contextmanager
+def progress(total: int) -> Iterator[Callable[[int], object]]:
+    """Shows a progress bar where tqdm is installed. Yields what advances it by a number of steps."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        print("no progress bar: tqdm is not installed (pip install tqdm)")
+        yield lambda steps: None
+        return
+    with tqdm(total=total, unit="step", desc="training") as bar:
+        yield bar.update
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the demo.
+
+    Args:
+        argv: the options after ``demo``; ``sys.argv[1:]`` if None.
+
+    Returns:
+        The exit status: 0, or 2 after one line on stderr for a wrong option, unreadable data or output folder.
+    """
+    import torch
+
+    from . import train
+    from .data import REVIEWS, DataError, load_reviews, make_dataset
+    from .report import notes, table
+
+    try:
+        options = parse(sys.argv[1:] if argv is None else argv, list(train.METHODS))
+        options.out.mkdir(parents=True, exist_ok=True)
+        if not os.access(options.out, os.W_OK):
+            raise UsageError(f"cannot write to {options.out}")
+        data = make_dataset(load_reviews(options.data or REVIEWS), options.seed)
+    except (UsageError, DataError) as error:
+        print(f"fastmtl demo: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(f"fastmtl demo: cannot write to {options.out}: {error.strerror}", file=sys.stderr)
+        return 2
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+
+    settings = train.Settings(options.methods, options.steps, options.seed)
+    if options.quick:
+        settings = train.Settings(options.methods, steps=24, seed=options.seed, probes=2, timed_turns=1)
+    print(
+        f"{len(data.train.labels):,} clothing reviews to train on, {len(data.held_out.labels):,} held out, "
+        f"{len(data.tasks)} tasks; {settings.steps} steps of {settings.batch} reviews by each method, "
+        f"{torch.get_num_threads()} threads"
+    )
+    with progress(train.total_steps(settings)) as advance:
+        outcome = train.run(data, settings, advance)
+    print(f"\n{table(outcome, data.tasks)}\n\n{notes(outcome, data, judge=not options.quick)}")
+    try:
+        from .plots import save_all
+    except ImportError as error:
+        print(f"no plots: {error.name} is not installed (pip install matplotlib)")
+    else:
+        print("plots: " + ", ".join(str(path) for path in save_all(outcome, data, options.out)))
+    return 0

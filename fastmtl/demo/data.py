@@ -1,0 +1,189 @@
+"""The demo's data: clothing reviews as word vectors, and 25 things to predict about each of them.
+
+The format, origin and licence of the file are described in ``data/README.md`` beside it.
+"""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+REVIEWS = Path(__file__).with_name("data") / "reviews.npz"
+NUM_CLASSES = 14  # classes that become tasks
+GROUPS = ("stars", "votes", "departments", "classes")
+# What NumPy and zipfile raise on a file that is not an .npz archive, is damaged, or holds pickles.
+UNSOUND = (ValueError, TypeError, AttributeError, EOFError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error)
+COLUMNS = ("length", "age", "rating", "recommended", "helpful", "department", "class")  # one value per review
+
+
+class DataError(ValueError):
+    """The data file is missing, unreadable, or not what the demo expects."""
+
+
+@dataclass(frozen=True)
+class Reviews:
+    """Reviews as the file holds them.
+
+    Attributes:
+        words: the vocabulary, most frequent word first.
+        departments: what the codes in the column "department" stand for, most frequent first.
+        classes: the same for the column "class".
+        documents: per review, the ascending indices of the words that occur in it.
+        columns: per name in ``COLUMNS``, one integer per review.
+    """
+
+    words: list[str]
+    departments: list[str]
+    classes: list[str]
+    documents: list[np.ndarray]
+    columns: dict[str, np.ndarray]
+
+    def decode(self, review: int) -> list[str]:
+        """Returns the known words of one review, most frequent word of the vocabulary first."""
+        return [self.words[index] for index in self.documents[review]]
+
+
+@dataclass(frozen=True)
+class Task:
+    """One binary task: its name and its group in the closing table."""
+
+    name: str
+    group: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """One part of the rows: inputs [N, words + 1] and labels [N, T], both float32."""
+
+    inputs: Tensor
+    labels: Tensor
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Tasks with their training rows and held-out rows."""
+
+    tasks: list[Task]
+    train: Split
+    held_out: Split
+
+
+def load_reviews(path: Path = REVIEWS) -> Reviews:
+    """Reads and checks a reviews file. Raises DataError, with the cause in one line, if it is not sound."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            arrays = {name: file[name] for name in (*COLUMNS, "words", "delta", "departments", "classes")}
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    except KeyError as error:
+        raise DataError(f"{path} is not a reviews file: {str(error).strip(chr(39))}") from error
+    except UNSOUND as error:
+        raise DataError(f"{path} is not a reviews file in .npz format, or it is damaged") from error
+    problem = find_problem(arrays)
+    if problem:
+        raise DataError(f"{path} is not a sound reviews file: {problem}")
+    columns = {name: arrays[name].astype(np.int64) for name in COLUMNS}
+    parts = np.split(arrays["delta"].astype(np.int64), np.cumsum(columns["length"])[:-1])
+    documents = [np.cumsum(part) for part in parts]
+    if any(len(d) and (d[0] < 0 or d[-1] >= len(arrays["words"]) or (np.diff(d) <= 0).any()) for d in documents):
+        raise DataError(f"{path} is not a sound reviews file: the words of a review must ascend within the vocabulary")
+    return Reviews(*(arrays[name].tolist() for name in ("words", "departments", "classes")), documents, columns)
+
+
+def find_problem(arrays: dict[str, np.ndarray]) -> str | None:
+    """Returns what is wrong with the shapes and ranges of the arrays of a reviews file, or None."""
+    for name in ("words", "departments", "classes"):
+        if arrays[name].ndim != 1 or arrays[name].dtype.kind != "U":
+            return f"{name} must be a list of words, found {arrays[name].dtype} {list(arrays[name].shape)}"
+    rows = arrays["age"].size
+    for name in COLUMNS:
+        if arrays[name].shape != (rows,) or arrays[name].dtype.kind not in "iu":
+            return f"{name} must hold {rows} integers, found {arrays[name].dtype} {list(arrays[name].shape)}"
+    if rows < 100:
+        return f"{rows} reviews are too few"
+    total, delta = int(arrays["length"].sum(dtype=np.int64)), arrays["delta"]
+    if arrays["length"].min() < 0 or delta.shape != (total,) or delta.dtype.kind not in "iu":
+        return f"delta must hold {total} integers, as length says, found {delta.dtype} {list(delta.shape)}"
+    for name, names in (("department", "departments"), ("class", "classes")):
+        if arrays[name].min() < 0 or arrays[name].max() >= len(arrays[names]):
+            return f"{name} must lie in 0..{len(arrays[names]) - 1}, found {arrays[name].max()}"
+    return None
+
+
+def make_labels(reviews: Reviews) -> tuple[list[Task], np.ndarray]:
+    """Returns the tasks and their labels [N, T] (bool).
+
+    A class that is a whole department (Dresses, Trend) would be the same task twice and is left out; of the others the
+    ``NUM_CLASSES`` most frequent become tasks.
+    """
+    columns = reviews.columns
+    labels = {
+        Task("recommended", "stars"): columns["recommended"] == 1,
+        Task("5 stars", "stars"): columns["rating"] == 5,
+        Task("1 or 2 stars", "stars"): columns["rating"] <= 2,
+        Task("any helpful vote", "votes"): columns["helpful"] >= 1,
+        Task("5 or more votes", "votes"): columns["helpful"] >= 5,
+    }
+    for code, name in enumerate(reviews.departments):
+        labels[Task(name, "departments")] = columns["department"] == code
+    classes = [code for code, name in enumerate(reviews.classes) if not is_department(reviews, code)]
+    for code in classes[:NUM_CLASSES]:
+        labels[Task(f"class {reviews.classes[code]}", "classes")] = columns["class"] == code
+    return list(labels), np.stack(list(labels.values()), axis=1)
+
+
+def is_department(reviews: Reviews, code: int) -> bool:
+    """Tells whether a class holds exactly the reviews of one department."""
+    members = reviews.columns["class"] == code
+    return any(
+        np.array_equal(members, reviews.columns["department"] == department)
+        for department in range(len(reviews.departments))
+    )
+
+
+def make_inputs(reviews: Reviews, train: np.ndarray) -> np.ndarray:
+    """Returns the inputs [N, words + 1], float32: tf-idf of the words, and the age.
+
+    A word counts once per review, times ln(N / reviews with the word); the words of a review have norm 6, so that one
+    entry is about 1. The age is standardised. Frequencies, mean and deviation come from the rows ``train`` alone.
+    """
+    rows = np.repeat(np.arange(len(reviews.documents)), reviews.columns["length"])
+    inputs = np.zeros((len(reviews.documents), len(reviews.words) + 1), np.float32)
+    inputs[rows, np.concatenate(reviews.documents)] = 1
+    words, age = inputs[:, :-1], reviews.columns["age"]
+    words *= np.log((1 + len(train)) / (1 + words[train].sum(axis=0)))
+    words *= 6 / np.maximum(np.linalg.norm(words, axis=1, keepdims=True), 1e-6)
+    inputs[:, -1] = (age - age[train].mean()) / max(age[train].std(), 1e-6)
+    return inputs
+
+
+def make_dataset(reviews: Reviews, seed: int, held_out: float = 0.2) -> Dataset:
+    """Splits the reviews at random (NumPy's generator, ``seed``) and makes inputs and labels.
+
+    Args:
+        reviews: what ``load_reviews`` returned.
+        seed: decides which reviews are held out.
+        held_out: the share of reviews that no method sees in training.
+
+    Raises:
+        DataError: a task has no positive or no negative review on one side of the split.
+    """
+    order = np.random.default_rng(seed).permutation(len(reviews.documents))
+    size = round(len(order) * held_out)
+    parts: Sequence[np.ndarray] = (order[size:], order[:size])
+    tasks, labels = make_labels(reviews)
+    for part in parts:
+        positives = labels[part].sum(axis=0)
+        for task, count in zip(tasks, positives, strict=True):
+            if count in (0, len(part)):
+                raise DataError(f"task {task.name!r}: {count} of {len(part)} reviews are positive, so it has no AUC")
+    inputs = make_inputs(reviews, parts[0])
+    train, test = (Split(torch.from_numpy(inputs[p]), torch.from_numpy(labels[p].astype(np.float32))) for p in parts)
+    return Dataset(tasks, train, test)

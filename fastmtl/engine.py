@@ -1,0 +1,172 @@
+"""From rows to ``.grad``: what the ways in have in common."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import ops
+from fastmtl.losses import Losses
+from fastmtl.rows import Rows, constant_mask
+from fastmtl.surgery.base import GradientMethod, Step, make_step
+from fastmtl.weighting.base import LossWeighting
+
+Method = GradientMethod | LossWeighting
+NONFINITE = ("propagate", "skip", "drop_task", "raise")
+
+
+def check_method(method: Any) -> None:
+    """Refuse what is not a method.
+
+    Raises:
+        TypeError: ``method`` is neither a gradient method nor a loss weighting.
+    """
+    if not isinstance(method, GradientMethod | LossWeighting):
+        hint = "; did you mean to construct it?" if isinstance(method, type) else ""
+        raise TypeError(f"method: expected a fastmtl method such as fastmtl.PCGrad(), found {method!r}{hint}")
+
+
+def check_nonfinite(nonfinite: str, scaler: Any) -> None:
+    """Refuse unknown policies, and policies that would hide overflows from a scaler.
+
+    Raises:
+        ValueError: See above.
+    """
+    if nonfinite not in NONFINITE:
+        raise ValueError(f"nonfinite: expected one of {NONFINITE}, found {nonfinite!r}")
+    if nonfinite != "propagate" and scaler is not None:
+        raise ValueError(f"nonfinite={nonfinite!r} would hide overflows from the scaler; use 'propagate' with scaler=")
+
+
+def scale_of(scaler: Any, device: torch.device) -> Tensor | None:
+    """The loss scale as a float32 scalar on ``device``, without a synchronisation; None without a scaler."""
+    if scaler is None:
+        return None
+    scale: Tensor = scaler.scale(torch.ones((), dtype=torch.float32, device=device))
+    return scale
+
+
+def unscaled(gramian: Tensor, scale: Tensor | None) -> Tensor:
+    """The Gramian of the raw losses' gradients, from that of the scaled ones."""
+    return gramian if scale is None else gramian / scale.double() ** 2
+
+
+def task_mask(rows: Rows, losses: Losses | None) -> Tensor | None:
+    """Which task reaches which group; a task without a loss is absent even if somebody left a gradient."""
+    if losses is None or all(x is not None for x in losses.items):
+        return rows.mask()
+    present = [[r and x is not None for r, x in zip(g, losses.items, strict=True)] for g in rows.present()]
+    return constant_mask(present, rows.device)
+
+
+def drop_nonfinite(step: Step) -> tuple[Step, Tensor]:
+    """Take the tasks whose gradient or loss is not finite out of the problem.
+
+    Returns:
+        The step without them, and the tasks that were kept, bool ``[T]``.
+    """
+    bad = (~step.gramian.diagonal(dim1=-2, dim2=-1).isfinite() & step.present).any(0)
+    if step.losses is not None:
+        bad = bad | (~step.losses.isfinite() & step.present.any(0))
+    return make_step(step.gramian, step.present & ~bad, step.losses), ~bad
+
+
+@dataclass(frozen=True)
+class Decision:
+    """How the tasks count in this step.
+
+    Attributes:
+        weights: ``[K, T]`` float64.
+        kept: bool ``[T]``: the tasks that ``nonfinite="drop_task"`` kept; None with another policy.
+        skip: ``nonfinite="skip"`` applies: write nothing.
+    """
+
+    weights: Tensor
+    kept: Tensor | None = None
+    skip: bool = False
+
+    def for_heads(self, method: GradientMethod) -> Tensor:
+        """The weights ``[1, T]`` of the gradients of parameters that are not shared."""
+        weights = self.weights if method.scale_heads else torch.ones_like(self.weights[:1])
+        return weights if self.kept is None else torch.where(self.kept, weights, 0.0)
+
+
+def decide(
+    method: GradientMethod,
+    gramian: Tensor,
+    mask: Tensor | None,
+    losses: Losses | None,
+    names: Sequence[str],
+    nonfinite: str = "propagate",
+    max_norm: float | None = None,
+) -> Decision:
+    """Let the method weigh the tasks, under the policy for values that are not finite.
+
+    Args:
+        method: Its state advances, unless this raises or skips.
+        gramian: ``[K, T, T]`` float64, of the raw losses' gradients.
+        mask: bool ``[K, T]`` or None.
+        losses: None where the caller has none.
+        names: The tasks' names, for errors.
+        nonfinite: See `fastmtl.backward`.
+        max_norm: See `clip`.
+
+    Raises:
+        ValueError: The method needs losses that there are not, or scales heads and knows several groups.
+        FloatingPointError: With ``nonfinite="raise"``.
+    """
+    if method.needs_losses and losses is None:
+        raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
+    if method.scale_heads and gramian.shape[0] != 1:
+        raise ValueError(f"{type(method).__name__}: scale_heads needs one group, found {gramian.shape[0]}")
+    values = None
+    if losses is not None and (method.needs_losses or nonfinite != "propagate"):
+        values = losses.values().to(gramian.device)
+    step = make_step(gramian, mask, values)
+    kept = None
+    if nonfinite == "drop_task":
+        step, kept = drop_nonfinite(step)
+    elif nonfinite != "propagate" and not bool(step.finite):
+        if nonfinite == "skip":
+            return Decision(torch.zeros_like(gramian[..., 0]), skip=True)
+        ok = drop_nonfinite(step)[1].tolist()
+        bad = ", ".join(name for name, fine in zip(names, ok, strict=True) if not fine)
+        raise FloatingPointError(f"gradient or loss not finite: {bad}")
+    weights = method.weigh(step)
+    return Decision(weights if max_norm is None else clip(weights, gramian, max_norm), kept)
+
+
+def clip(weights: Tensor, gramian: Tensor, max_norm: float) -> Tensor:
+    """Scale the weights so that the combined gradient's norm is at most ``max_norm``.
+
+    The squared norm is the sum over the groups of ``w^T M w``, whose rounding is relative to ``sum |w_i w_j M_ij|``:
+    where the terms cancel below 1e-6 of that sum, that bound takes the norm's place, so the result may come out shorter
+    than ``max_norm``, but not longer.
+    """
+    pairs = weights.unsqueeze(-1) * weights.unsqueeze(-2)
+    terms = torch.where(pairs == 0, pairs, pairs * gramian)
+    square = torch.maximum(terms.sum(), 1e-6 * terms.abs().sum())
+    return weights * (max_norm / square.sqrt()).clamp(max=1.0)
+
+
+def accumulate(params: Sequence[Tensor], rows: Rows, weights: Tensor) -> None:
+    """Add the weighted rows to the parameters' ``.grad``, as ``loss.backward()`` would.
+
+    A parameter that no task reaches is left alone. Nothing is written if anything raises.
+    """
+    reached = rows.reached()
+    fresh = [p for p in reached if params[p].grad is None]
+    existing = [p for p in reached if params[p].grad is not None]
+    new = []
+    if fresh:
+        new = ops.combine(rows if len(fresh) == rows.num_params else rows.select(fresh), weights)
+    if existing:
+        out = [params[p].grad for p in existing]
+        ops.combine_(rows.select(existing), weights, out)  # type: ignore[arg-type]
+    for p, grad in zip(fresh, new, strict=True):
+        param = params[p]
+        param.grad = grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)

@@ -1,0 +1,95 @@
+"""The losses of one step: names, presence, values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+LossesLike = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
+"""T scalar losses: a sequence, a mapping from task name, or one 1-D tensor; None: the task is absent."""
+
+
+@dataclass(frozen=True)
+class Losses:
+    """T checked losses.
+
+    Attributes:
+        names: One per task, for errors and plots.
+        items: One scalar tensor per task, or None where it is absent.
+    """
+
+    names: tuple[str, ...]
+    items: tuple[Tensor | None, ...]
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    @property
+    def present(self) -> list[Tensor]:
+        """The losses that are there, at least one."""
+        return [x for x in self.items if x is not None]
+
+    @property
+    def device(self) -> torch.device:
+        """Where they lie."""
+        return self.present[0].device
+
+    def values(self) -> Tensor:
+        """``[T]`` float64, detached, NaN for absent tasks."""
+        values = torch.stack([x.detach().to(torch.float64) for x in self.present])
+        if len(values) == len(self):
+            return values
+        parts, it = [], iter(values.unbind(0))
+        nan = values.new_full((), float("nan"))
+        for x in self.items:
+            parts.append(nan if x is None else next(it))
+        return torch.stack(parts)
+
+
+def parse_losses(losses: LossesLike, differentiable: bool = True) -> Losses:
+    """Check what a user passed as losses.
+
+    Args:
+        losses: See `LossesLike`.
+        differentiable: Insist on a graph behind each loss.
+
+    Raises:
+        TypeError: A loss is not a tensor.
+        ValueError: No losses, none present, a loss that is not a floating scalar, that has no graph, or that lies on
+            another device; the text names the task.
+    """
+    if isinstance(losses, Tensor):
+        if losses.dim() != 1:
+            raise ValueError(f"losses: expected one scalar per task, found a tensor of shape {list(losses.shape)}")
+        items: list[Tensor | None] = list(losses.unbind(0))
+        names = tuple(f"task {t}" for t in range(len(items)))
+    elif isinstance(losses, Mapping):
+        items, names = list(losses.values()), tuple(map(str, losses))
+    elif isinstance(losses, Sequence) and not isinstance(losses, str):
+        items = list(losses)
+        names = tuple(f"task {t}" for t in range(len(items)))
+    else:
+        raise TypeError(f"losses: expected a sequence, a mapping or a 1-D tensor, found {type(losses).__name__}")
+    device = None
+    for i, (name, x) in enumerate(zip(names, items, strict=True)):
+        if x is None:
+            continue
+        if not isinstance(x, Tensor):
+            raise TypeError(f"loss of {name}: expected a tensor or None, found {type(x).__name__}")
+        if x.numel() != 1:
+            raise ValueError(f"loss of {name}: expected a scalar, found shape {list(x.shape)}; reduce it first")
+        if not x.is_floating_point():
+            raise ValueError(f"loss of {name}: expected a floating dtype, found {x.dtype}")
+        if differentiable and not x.requires_grad:
+            raise ValueError(f"loss of {name}: it has no graph (requires_grad is False), so it has no gradient")
+        if device is not None and x.device != device:
+            raise ValueError(f"loss of {name}: on {x.device}, the others on {device}")
+        device = x.device
+        if x.dim() != 0:
+            items[i] = x.reshape(())
+    if device is None:
+        raise ValueError(f"losses: expected at least one loss, found {len(items)} tasks, all absent")
+    return Losses(names, tuple(items))

@@ -1,0 +1,261 @@
+"""The operators: Gramian, combine, and the T x T solvers, on our kernels.
+
+The only module that touches ``torch.ops``. Each function has a namesake with the same signature in
+`fastmtl.reference`, which serves the devices that our kernels do not. All run on the device of their input, on its
+current stream, without a host synchronisation, and work under ``torch.compile(fullgraph=True)``. None is
+differentiable: backward through them raises.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastmtl import _extension, reference
+from fastmtl.rows import Gradients, Rows, as_rows
+
+ORDERS = {"random": 0, "fixed": 1, "shared": 2}
+
+
+def gram(grads: Gradients | Rows, groups: Sequence[int] | None = None) -> Tensor:
+    """Pairwise dot products of per-task gradients.
+
+    Args:
+        grads: A Jacobian ``[T, P]``; or one stacked ``[T, *shape]`` tensor per parameter; or T tensors or None (the
+            task does not reach it) per parameter. float32, float64, bfloat16 or float16, on one device. Read where
+            they lie; only tensors with gaps or unequal strides are copied first.
+        groups: Per parameter the index of its group, 0..K-1. None: one group.
+
+    Returns:
+        ``[K, T, T]`` float64: entry ``[k, a, b]`` is the dot product of the gradients of tasks a and b over the
+        parameters of group k. Absent rows count as zeros.
+
+    Raises:
+        TypeError, ValueError: Naming the parameter and the task that do not fit.
+
+    Note:
+        Cost: one read of the gradients; at most 2 launches on a GPU for up to a few hundred parameters. float32,
+        bfloat16 and float16 products are summed in float32 over at most 4,096 terms, then in float64: elements below
+        about 1e-19 are lost and above 1e19 overflow to inf. Bitwise the same on every run and for any number of
+        threads.
+
+    Example:
+        >>> import torch, fastmtl
+        >>> fastmtl.ops.gram(torch.tensor([[-4., 1., 1.], [6., 1., 1.]]))
+        tensor([[[ 18., -22.],
+                 [-22.,  38.]]], dtype=torch.float64)
+    """
+    rows = as_rows(grads, groups)
+    if not _extension.kernels_on(rows.device.type):
+        return reference.gram(rows)
+    if all(g is None for g in rows.grads):
+        return torch.zeros(rows.num_groups, rows.num_tasks, rows.num_tasks, dtype=torch.float64)
+    return torch.ops.fastmtl.gram(rows.grads, rows.num_tasks, rows.stacked, rows.groups, rows.num_groups)
+
+
+def combine(grads: Gradients | Rows, weights: Tensor, groups: Sequence[int] | None = None) -> Any:
+    """Weighted sum of per-task gradients.
+
+    Args:
+        grads: As for `gram`.
+        weights: ``[K, T]``, or ``[T]`` for one group, any floating dtype. A row of weight 0 is not read.
+        groups: As for `gram`.
+
+    Returns:
+        ``[P]`` for a Jacobian ``[T, P]``, else a list with one tensor ``shape`` per parameter (None where no task
+        reaches it), in the gradients' dtype.
+
+    Raises:
+        TypeError, ValueError: Naming the parameter and the task, or the shape of the weights.
+
+    Note:
+        Cost: one read of the rows of non-zero weight and one write. Sums in float32 (float64 for float64 rows).
+
+    Example:
+        >>> import torch, fastmtl
+        >>> fastmtl.ops.combine(torch.tensor([[-4., 1., 1.], [6., 1., 1.]]), torch.tensor([.6, .4]))
+        tensor([0., 1., 1.])
+    """
+    rows = as_rows(grads, groups)
+    w = check_weights(weights, rows)
+    if not _extension.kernels_on(rows.device.type):
+        out = reference.combine(rows, w)
+    else:
+        reached = rows.reached()
+        some = rows if len(reached) == rows.num_params else rows.select(reached)
+        out = [None] * rows.num_params
+        if reached:
+            values = torch.ops.fastmtl.combine(some.grads, some.num_tasks, some.stacked, some.groups, w)
+            for p, value in zip(reached, values, strict=True):
+                out[p] = value
+    return out[0] if isinstance(grads, Tensor) else out
+
+
+def combine_(rows: Rows, weights: Tensor, out: Sequence[Tensor]) -> None:
+    """As `combine`, added to existing tensors in place: one per parameter, of its gradients' shape and dtype."""
+    w = check_weights(weights, rows)
+    if _extension.kernels_on(rows.device.type):
+        with torch.no_grad():
+            torch.ops.fastmtl.combine_(rows.grads, rows.num_tasks, rows.stacked, rows.groups, w, list(out))
+    else:
+        for target, value in zip(out, reference.combine(rows, w), strict=True):
+            if value is not None:
+                target.detach().add_(value)
+
+
+def check_weights(weights: Tensor, rows: Rows) -> Tensor:
+    """Bring weights ``[K, T]`` or ``[T]`` into the kernels' form: float64, contiguous, on the rows' device."""
+    if not isinstance(weights, Tensor):
+        raise TypeError(f"weights: expected a tensor, found {type(weights).__name__}")
+    w = weights.unsqueeze(0) if weights.dim() == 1 else weights
+    if w.shape != (rows.num_groups, rows.num_tasks):
+        expected = f"[{rows.num_groups}, {rows.num_tasks}]"
+        raise ValueError(f"weights: expected shape {expected}, found {list(weights.shape)}")
+    return w.detach().to(rows.device, torch.float64).contiguous()
+
+
+def min_norm(gramian: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """The point of smallest norm in the convex hull of the gradients, exactly.
+
+    Args:
+        gramian: ``[K, T, T]`` float64, symmetric.
+        mask: bool ``[K, T]``: which tasks take part; None: all. The entries of the others are not read.
+
+    Returns:
+        The weights ``[K, T]``, float64, non-negative with sum 1, and the duality gap ``[K]``,
+        ``|x|^2 - min_t (Mw)_t`` for ``x = sum_t w_t g_t`` (0 at the optimum). All NaN where an entry that takes part
+        is not finite; all 0 where no task takes part.
+
+    Note:
+        Cost: an active-set method, about T pivots of T^2 operations; one launch on a GPU.
+
+    Example:
+        >>> import torch, fastmtl
+        >>> w, gap = fastmtl.ops.min_norm(torch.diag(torch.tensor([1., 2., 3.], dtype=torch.float64) ** 2)[None])
+        >>> w
+        tensor([[0.7347, 0.1837, 0.0816]], dtype=torch.float64)
+    """
+    if not _extension.kernels_on(gramian.device.type):
+        return reference.min_norm(gramian, mask)
+    return torch.ops.fastmtl.min_norm(gramian, mask)
+
+
+def pcgrad(
+    gramian: Tensor,
+    mask: Tensor | None = None,
+    order: Tensor | str = "random",
+    rng: Tensor | None = None,
+    include_self: bool = False,
+    reduction: str = "sum",
+) -> Tensor:
+    """PCGrad's weights from the Gramian; see `fastmtl.PCGrad` for the method.
+
+    Args:
+        gramian: ``[K, T, T]`` float64, symmetric.
+        mask: bool ``[K, T]``, or None.
+        order: The order in which each task meets the others: ``"random"``, ``"shared"`` (one random order for all
+            tasks), ``"fixed"`` (0, 1, ...), or an int64 tensor ``[T, T]`` or ``[K, T, T]`` whose row i is task i's
+            permutation of 0..T-1.
+        rng: int64 ``[2]``: seed and step, for the random orders. The same pair gives the same orders on every device.
+        include_self: Let each task also meet itself, as most public ports do.
+        reduction: ``"sum"`` or ``"mean"`` of the projected gradients.
+
+    Returns:
+        Weights ``[K, T]`` float64.
+    """
+    kind, explicit = _order(order)
+    if not _extension.kernels_on(gramian.device.type):
+        return reference.pcgrad(gramian, mask, order, rng, include_self, reduction)
+    return torch.ops.fastmtl.pcgrad(gramian, mask, explicit, rng, kind, include_self, reduction == "mean")
+
+
+def gradvac(
+    gramian: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    order: Tensor | str = "random",
+    rng: Tensor | None = None,
+    beta: float = 0.01,
+    ema_first: bool = False,
+    ema_always: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """GradVac's weights and moved target cosines; see `fastmtl.GradVac` for the method.
+
+    Args:
+        gramian: ``[K, T, T]`` float64, symmetric.
+        targets: Target cosines ``[K, T, T]`` float64; row i holds those of task i's gradient against the others'.
+        mask: bool ``[K, T]``, or None.
+        order: As for `pcgrad`.
+        rng: As for `pcgrad`.
+        beta: Rate of the moving average.
+        ema_first: Move the targets before comparing with them.
+        ema_always: Move them on every pair (paper); else only where a correction was made.
+
+    Returns:
+        Weights ``[K, T]`` and the new targets ``[K, T, T]``, float64.
+    """
+    kind, explicit = _order(order)
+    if not _extension.kernels_on(gramian.device.type):
+        return reference.gradvac(gramian, targets, mask, order, rng, beta, ema_first, ema_always)
+    return torch.ops.fastmtl.gradvac(gramian, mask, explicit, rng, kind, targets, beta, ema_first, ema_always)
+
+
+def _order(order: Tensor | str) -> tuple[int, Tensor | None]:
+    if isinstance(order, Tensor):
+        return ORDERS["fixed"], order
+    if order not in ORDERS:
+        raise ValueError(f"order: expected a tensor or one of {sorted(ORDERS)}, found {order!r}")
+    return ORDERS[order], None
+
+
+def _register() -> None:
+    """Shapes for tracing, and a clear error where somebody differentiates."""
+
+    def gram_fake(rows: list, num_tasks: int, stacked: bool, groups: list | None, num_groups: int) -> Tensor:
+        first = next(r for r in rows if r is not None)
+        return first.new_empty((num_groups, num_tasks, num_tasks), dtype=torch.float64)
+
+    def combine_fake(rows: list, num_tasks: int, stacked: bool, groups: list | None, weights: Tensor) -> list:
+        if stacked:
+            return [torch.empty_like(r[0]) for r in rows]
+        per_param = [rows[i : i + num_tasks] for i in range(0, len(rows), num_tasks)]
+        return [torch.empty_like(next(r for r in param if r is not None)) for param in per_param]
+
+    def nothing(*args: Any) -> None:
+        return None
+
+    def weights_fake(gramian: Tensor, *args: Any) -> Tensor:
+        return gramian.new_empty(gramian.shape[:2])
+
+    def min_norm_fake(gramian: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        return gramian.new_empty(gramian.shape[:2]), gramian.new_empty(gramian.shape[:1])
+
+    def gradvac_fake(gramian: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
+        return gramian.new_empty(gramian.shape[:2]), torch.empty_like(gramian)
+
+    fakes = {
+        "gram": gram_fake,
+        "combine": combine_fake,
+        "combine_": nothing,
+        "min_norm": min_norm_fake,
+        "pcgrad": weights_fake,
+        "gradvac": gradvac_fake,
+    }
+    for name, fake in fakes.items():
+        torch.library.register_fake(f"fastmtl::{name}", fake)
+        if name != "combine_":
+            torch.library.register_autograd(f"fastmtl::{name}", _not_differentiable(name))
+
+
+def _not_differentiable(name: str) -> Any:
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError(f"fastmtl.ops.{name} is not differentiable; fastmtl.reference.{name} is, where it can be")
+
+    return backward
+
+
+if _extension.module is not None:
+    _register()

@@ -1,0 +1,346 @@
+"""The operators of `fastmtl.ops` in plain PyTorch and NumPy, under the same names and signatures.
+
+The oracle of the tests, and what runs where no extension was built or a device has no kernels of ours (slowly, with
+host synchronisations). Devices without float64 (MPS) compute in float32.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fastmtl.rows import Gradients, Rows, as_rows
+
+
+def _wide(device: torch.device) -> torch.dtype:
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
+def _task_rows(rows: Rows, p: int) -> list[Tensor | None]:
+    if rows.stacked:
+        stacked = rows.grads[p]
+        assert stacked is not None
+        return list(stacked.unbind(0))
+    return rows.grads[p * rows.num_tasks : (p + 1) * rows.num_tasks]
+
+
+def gram(grads: Gradients | Rows, groups: Sequence[int] | None = None) -> Tensor:
+    """As `fastmtl.ops.gram`; differentiable."""
+    rows = as_rows(grads, groups)
+    dtype = _wide(rows.device)
+    zero = torch.zeros(rows.num_tasks, rows.num_tasks, dtype=dtype, device=rows.device)
+    gramian = [zero] * rows.num_groups
+    for p in rows.reached():
+        g = _task_rows(rows, p)
+        like = next(x for x in g if x is not None)
+        flat = torch.stack([torch.zeros_like(like) if x is None else x for x in g]).flatten(1).to(dtype)
+        k = 0 if rows.groups is None else rows.groups[p]
+        gramian[k] = gramian[k] + flat @ flat.T
+    return torch.stack(gramian)
+
+
+def combine(grads: Gradients | Rows, weights: Tensor, groups: Sequence[int] | None = None) -> list[Tensor | None]:
+    """As `fastmtl.ops.combine`, always a list; differentiable in the gradients; reads the weights on the host."""
+    rows = as_rows(grads, groups)
+    host = weights.reshape(rows.num_groups, rows.num_tasks).tolist()
+    out: list[Tensor | None] = [None] * rows.num_params
+    for p in rows.reached():
+        g = _task_rows(rows, p)
+        like = next(x for x in g if x is not None)
+        total = torch.zeros_like(like, dtype=_wide(rows.device))
+        for w, x in zip(host[0 if rows.groups is None else rows.groups[p]], g, strict=True):
+            if x is not None and w != 0:
+                total = total + w * x.to(total.dtype)
+        out[p] = total.to(like.dtype)
+    return out
+
+
+# ---- The T x T solvers: on the host, in float64, by other algorithms than our kernels' -------------------------------
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def min_norm(gramian: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """As `fastmtl.ops.min_norm`, by Wolfe's algorithm.
+
+    Reference:
+        Wolfe: Finding the Nearest Point in a Polytope. Mathematical Programming 11, 1976. Here on the Gramian.
+    """
+    problems = _problems(gramian, mask)
+    weights, gap = np.zeros(gramian.shape[:2]), np.zeros(gramian.shape[0])
+    for k, tasks, m in problems:
+        if not np.isfinite(m).all():
+            weights[k], gap[k] = np.nan, np.nan
+        elif tasks.size:
+            w = _nearest_point(m)
+            products = m @ w
+            weights[k, tasks], gap[k] = w, w @ products - products.min()
+    return _like(gramian, weights), _like(gramian, gap)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def pcgrad(
+    gramian: Tensor,
+    mask: Tensor | None = None,
+    order: Tensor | str = "random",
+    rng: Tensor | None = None,
+    include_self: bool = False,
+    reduction: str = "sum",
+) -> Tensor:
+    """As `fastmtl.ops.pcgrad`, pair by pair."""
+    problems = _problems(gramian, mask)
+    weights = np.zeros(gramian.shape[:2])
+    orders = visiting_order(gramian.shape[0], gramian.shape[1], order, rng).numpy()
+    for k, tasks, m in problems:
+        if not np.isfinite(m).all():
+            weights[k] = np.nan
+            continue
+        for i, others in _meetings(tasks, orders[k], include_self):
+            c = np.eye(tasks.size)[i]
+            for j in others:
+                product = m[j] @ c
+                if product < 0 and m[j, j] > 0:
+                    c[j] -= product / m[j, j]
+            weights[k, tasks] += c / tasks.size if reduction == "mean" else c
+    return _like(gramian, weights)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def gradvac(
+    gramian: Tensor,
+    targets: Tensor,
+    mask: Tensor | None = None,
+    order: Tensor | str = "random",
+    rng: Tensor | None = None,
+    beta: float = 0.01,
+    ema_first: bool = False,
+    ema_always: bool = True,
+) -> tuple[Tensor, Tensor]:
+    """As `fastmtl.ops.gradvac`, pair by pair."""
+    problems = _problems(gramian, mask)
+    if targets.shape != gramian.shape:
+        raise ValueError(f"targets: expected shape {list(gramian.shape)}, found {list(targets.shape)}")
+    weights, moved = np.zeros(gramian.shape[:2]), _to_host(targets).copy()
+    orders = visiting_order(gramian.shape[0], gramian.shape[1], order, rng).numpy()
+    for k, tasks, m in problems:
+        if not np.isfinite(m).all():
+            weights[k] = np.nan
+            continue
+        norms = np.sqrt(np.maximum(m.diagonal(), 0))
+        for i, others in _meetings(tasks, orders[k], False):
+            c = np.eye(tasks.size)[i]
+            for j in others:
+                norm = math.sqrt(max(0.0, c @ m @ c))
+                # Below a millionth of what it was made of, the direction of g' is noise; it then has no cosine.
+                if norms[j] == 0 or norm <= 1e-6 * (np.abs(c) @ norms):
+                    continue
+                cosine = min(1.0, max(-1.0, float(m[j] @ c) / (norm * norms[j])))
+                entry = k, tasks[i], tasks[j]
+                old = moved[entry]
+                new = (1 - beta) * old + beta * cosine
+                ahead = ema_first and (ema_always or cosine < old)
+                target = min(new if ahead else old, 1 - 1e-6)  # nothing finite turns g' all the way to g_j
+                if cosine < target:
+                    sine, target_sine = math.sqrt(1 - cosine**2), math.sqrt(1 - target**2)
+                    c[j] += norm * (target * sine - cosine * target_sine) / (norms[j] * target_sine)
+                if ema_always or cosine < target:
+                    moved[entry] = new
+            weights[k, tasks] += c
+    return _like(gramian, weights), _like(gramian, moved)
+
+
+def visiting_order(num_groups: int, num_tasks: int, order: Tensor | str, rng: Tensor | None = None) -> Tensor:
+    """The order in which each task meets the others, as the solvers of `fastmtl.ops` draw it.
+
+    Args:
+        num_groups: K.
+        num_tasks: T, at most 65,536.
+        order: As for `fastmtl.ops.pcgrad`.
+        rng: As for `fastmtl.ops.pcgrad`.
+
+    Returns:
+        ``[K, T, T]`` int64 on the CPU: row i of problem k is task i's permutation of 0..T-1.
+
+    Raises:
+        ValueError: An explicit order of another shape, or a row that is no permutation; a random one without ``rng``;
+            an unknown word.
+
+    Reference:
+        Fisher-Yates shuffles of Philox words, specified in csrc/solvers/order.h.
+    """
+    shape = (num_groups, num_tasks, num_tasks)
+    identity = np.broadcast_to(np.arange(num_tasks), shape)
+    if isinstance(order, Tensor):
+        if order.shape not in (shape, shape[1:]):
+            raise ValueError(f"order: expected shape {list(shape)} or {list(shape[1:])}, found {list(order.shape)}")
+        explicit = order.cpu().expand(shape)
+        if not np.array_equal(explicit.sort(-1).values.numpy(), identity):
+            raise ValueError(f"order: expected permutations of 0..{num_tasks - 1} as rows, found {order.tolist()}")
+        return explicit
+    if order not in ("random", "shared", "fixed"):
+        raise ValueError(f"order: expected a tensor, 'random', 'shared' or 'fixed', found {order!r}")
+    if order == "fixed":
+        return torch.from_numpy(identity.copy())
+    if rng is None:
+        raise ValueError("rng: a random order needs the tensor [seed, step]")
+    seed, step = rng.tolist()
+    rows = num_tasks if order == "random" else 1
+    drawn = _shuffles(num_groups, rows, num_tasks, seed, step)
+    return torch.from_numpy(np.broadcast_to(drawn, shape).copy())
+
+
+class _Solution(torch.autograd.Function):
+    """A solver's result as a tensor like the Gramian it belongs to. Backward raises, as for the operators."""
+
+    @staticmethod
+    def forward(ctx: Any, gramian: Tensor, values: Floats) -> Tensor:
+        return torch.from_numpy(values).to(gramian.dtype).to(gramian.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        raise RuntimeError("the solvers of fastmtl.reference are not differentiable")
+
+
+def _like(gramian: Tensor, values: Floats) -> Tensor:
+    solution: Tensor = _Solution.apply(gramian, values)
+    return solution
+
+
+def _to_host(x: Tensor) -> Floats:
+    host: Floats = x.detach().cpu().double().numpy()
+    return host
+
+
+def _problems(gramian: Tensor, mask: Tensor | None) -> list[tuple[int, Ints, Floats]]:
+    """Per problem its index, the tasks present, and the Gramian among them."""
+    if gramian.dim() != 3 or gramian.shape[1] != gramian.shape[2]:
+        raise ValueError(f"gramian: expected shape [K, T, T], found {list(gramian.shape)}")
+    if mask is not None and mask.shape != gramian.shape[:2]:
+        raise ValueError(f"mask: expected shape {list(gramian.shape[:2])}, found {list(mask.shape)}")
+    present = np.ones(gramian.shape[:2], dtype=bool) if mask is None else mask.cpu().numpy()
+    tasks = [np.flatnonzero(p) for p in present]
+    return [(k, tasks[k], m[np.ix_(tasks[k], tasks[k])]) for k, m in enumerate(_to_host(gramian))]
+
+
+def _meetings(tasks: Ints, orders: Ints, include_self: bool) -> Iterator[tuple[int, list[int]]]:
+    """Per present task its position among the tasks present, and the positions of those it meets, in its order."""
+    position = {int(task): i for i, task in enumerate(tasks)}
+    for task, i in position.items():
+        yield i, [position[int(j)] for j in orders[task] if int(j) in position and (include_self or int(j) != task)]
+
+
+def _shuffles(num_groups: int, rows: int, num_tasks: int, seed: int, step: int) -> Ints:
+    """Permutations ``[K, rows, T]``, all at once, by the recipe of csrc/solvers/order.h."""
+    blocks = -(-(num_tasks - 1) // 4)
+    problem, row, block = np.indices((num_groups, rows, blocks), dtype=np.uint64)
+    low, high = _halves(step)
+    words = philox4x32(
+        [block | row << 16, problem & _LOW, np.full_like(block, low), np.full_like(block, high)], _halves(seed)
+    )
+    draws = np.stack(words, -1).reshape(num_groups, rows, 4 * blocks)
+    order = np.broadcast_to(np.arange(num_tasks), (num_groups, rows, num_tasks)).copy()
+    k, i = np.indices((num_groups, rows))
+    for n, last in enumerate(range(num_tasks - 1, 0, -1)):
+        other = (draws[..., n] * np.uint64(last + 1) >> 32).astype(np.int64)
+        order[k, i, last], order[k, i, other] = order[k, i, other], order[k, i, last]
+    return order
+
+
+_LOW = np.uint64(0xFFFFFFFF)
+
+
+def _halves(x: int) -> tuple[int, int]:
+    return x & 0xFFFFFFFF, x >> 32 & 0xFFFFFFFF
+
+
+def philox4x32(counter: Sequence[NDArray[np.uint64]], key: tuple[int, int]) -> list[NDArray[np.uint64]]:
+    """Philox4x32-10: four random 32-bit words per counter, held in uint64.
+
+    Args:
+        counter: Its four words, arrays of one shape (of at least one dimension), values below 2^32.
+        key: Its two words.
+
+    Reference:
+        Salmon, Moraes, Dror, Shaw: Parallel Random Numbers: As Easy as 1, 2, 3. SC 2011.
+    """
+    x0, x1, x2, x3 = counter
+    key0, key1 = key
+    for _ in range(10):
+        product0, product1 = x0 * np.uint64(0xD2511F53), x2 * np.uint64(0xCD9E8D57)
+        x0, x1 = (product1 >> np.uint64(32)) ^ x1 ^ np.uint64(key0), product1 & _LOW
+        x2, x3 = (product0 >> np.uint64(32)) ^ x3 ^ np.uint64(key1), product0 & _LOW
+        key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
+    return [x0, x1, x2, x3]
+
+
+# Wolfe's algorithm. Gradients are scaled to length 1, so that tasks of very different size are told apart: with C the
+# cosines, d_t = |g_shortest| / |g_t| and the weights w = d * u, it is min u^T C u over u >= 0, d^T u = 1.
+
+
+def _nearest_point(m: Floats) -> Floats:
+    """Weights of the min-norm point for one finite Gramian of at least one task."""
+    shortest = int(m.diagonal().argmin())
+    start: Floats = np.eye(len(m))[shortest]
+    if m[shortest, shortest] <= 0:  # the origin is one of the points
+        return start
+    norms = np.sqrt(m.diagonal())
+    cosines, d = m / norms[:, None] / norms, norms[shortest] / norms
+    u, support = start, [shortest]
+    futile: set[int] = set()  # adding these brought no progress from the present point: rounding
+    while True:
+        products = cosines @ u
+        noise = 4 * np.finfo(float).eps * (np.abs(cosines) @ u)
+        gain = d * (u @ products) - products - noise  # > 0: a step towards that task shortens the point
+        gain[[*support, *futile]] = -np.inf
+        enters = int(gain.argmax())
+        if gain[enters] <= 0:
+            w: Floats = d * u / (d @ u)
+            return w
+        next_u, next_support = _minimize_on_support(cosines, d, u, [*support, enters])
+        if next_u @ cosines @ next_u < u @ products:
+            u, support, futile = next_u, next_support, set()
+        else:
+            futile.add(enters)
+
+
+def _minimize_on_support(cosines: Floats, d: Floats, u: Floats, support: list[int]) -> tuple[Floats, list[int]]:
+    """Go to the min-norm point of the affine hull; at the border of the convex hull drop who leaves, and go on."""
+    while True:
+        affine = np.zeros_like(u)
+        affine[support] = _affine_minimum(cosines[np.ix_(support, support)], d[support])
+        leaving = [t for t in support if affine[t] <= 0]
+        if not leaving:
+            return affine, support
+        if len(leaving) == len(support):  # the system was singular to rounding
+            return u, support
+        reach = {t: u[t] / (u[t] - affine[t]) if u[t] > 0 else 0.0 for t in leaving}
+        first = min(reach.values())
+        u = np.maximum(u + first * (affine - u), 0)
+        support = [t for t in support if reach.get(t, math.inf) > first]
+        u[[t for t in range(len(u)) if t not in support]] = 0
+
+
+def _affine_minimum(cosines: Floats, d: Floats) -> Floats:
+    """``argmin u^T C u`` with ``d^T u = 1``, by its optimality system, refined once in extended precision."""
+    n, scale = len(d), d.max()
+    system = np.zeros((n + 1, n + 1))
+    system[:n, :n], system[:n, n], system[n, :n] = cosines, d / scale, d / scale
+    right = np.zeros(n + 1)
+    right[n] = 1
+    try:
+        inverse = np.linalg.inv(system)
+    except np.linalg.LinAlgError:  # dependent tasks
+        inverse = np.linalg.pinv(system)
+    solution: Floats = inverse @ right
+    residual = right - system.astype(np.longdouble) @ solution
+    solution += inverse @ residual.astype(np.float64)
+    minimum: Floats = solution[:n] / scale
+    return minimum

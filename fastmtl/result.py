@@ -1,0 +1,40 @@
+"""What a step of gradient surgery returns."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Result:
+    """The outcome of one step, on the device, detached; reading it is what synchronises.
+
+    Attributes:
+        grads: `fastmtl.aggregate`: the combined gradient, shaped as one row of its input. `fastmtl.backward` and
+            `TaskGradients.combine`: the shared parameters' ``.grad`` themselves, in order, None where no task
+            reaches. `FeatureSurgery`: None.
+        weights: The tasks' weights, ``[T]`` float64, or ``[K, T]`` with groups.
+        gramian: Dot products of the raw losses' gradients, ``[T, T]`` float64, or ``[K, T, T]`` with groups; None for
+            loss weightings, which need none.
+    """
+
+    grads: Any
+    weights: Tensor
+    gramian: Tensor | None
+
+    @property
+    def cosines(self) -> Tensor:
+        """Cosines between the tasks' gradients, shaped as ``gramian``; 0 where a gradient is zero.
+
+        Raises:
+            ValueError: There is no Gramian.
+        """
+        if self.gramian is None:
+            raise ValueError("cosines: a loss weighting computes no Gramian")
+        norms = self.gramian.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
+        scale = norms.unsqueeze(-1) * norms.unsqueeze(-2)
+        return torch.where(scale > 0, self.gramian / scale, 0.0).clamp(-1, 1)

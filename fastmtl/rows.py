@@ -1,0 +1,213 @@
+"""The per-task gradients of one step, as they lie in memory, and the ways to obtain them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+Gradients = Tensor | Sequence[Tensor | Sequence[Tensor | None]]
+"""Per-task gradients as users hold them: a Jacobian ``[T, P]``; or per parameter one stacked ``[T, *shape]`` tensor;
+or per parameter T tensors, None where a task does not reach it."""
+
+
+@dataclass(frozen=True)
+class Rows:
+    """T gradients over some parameters, never concatenated.
+
+    Attributes:
+        grads: If ``stacked``, one tensor ``[T, *shape]`` per parameter; else T entries per parameter, parameter by
+            parameter: the gradient, or None where the task does not reach it.
+        num_tasks: T.
+        stacked: Which of the two.
+        groups: Per parameter the index of its group, or None if all are in one.
+        num_groups: K.
+    """
+
+    grads: list[Tensor | None]
+    num_tasks: int
+    stacked: bool = False
+    groups: list[int] | None = None
+    num_groups: int = 1
+
+    @staticmethod
+    def by_task(
+        tasks: Sequence[Sequence[Tensor | None] | None], groups: list[int] | None = None, num_groups: int = 1
+    ) -> Rows:
+        """Rows from T lists of equal length, one gradient or None per parameter; None for an absent task."""
+        num_tasks, num_params = len(tasks), next((len(t) for t in tasks if t is not None), 0)
+        grads: list[Tensor | None] = [None] * (num_tasks * num_params)
+        for t, task in enumerate(tasks):
+            if task is not None:
+                grads[t::num_tasks] = task
+        return Rows(grads, num_tasks, False, groups, num_groups)
+
+    @property
+    def num_params(self) -> int:
+        """Number of parameters."""
+        return len(self.grads) if self.stacked else len(self.grads) // self.num_tasks
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the first gradient there is."""
+        first = next((g for g in self.grads if g is not None), None)
+        return torch.device("cpu") if first is None else first.device
+
+    def select(self, params: Sequence[int]) -> Rows:
+        """The rows of some of the parameters; groups keep their numbers."""
+        groups = None if self.groups is None else [self.groups[p] for p in params]
+        n = 1 if self.stacked else self.num_tasks
+        grads = [g for p in params for g in self.grads[p * n : (p + 1) * n]]
+        return Rows(grads, self.num_tasks, self.stacked, groups, self.num_groups)
+
+    def reached(self) -> list[int]:
+        """The parameters that at least one task reaches."""
+        if self.stacked:
+            return list(range(self.num_params))
+        t = self.num_tasks
+        return [p for p in range(self.num_params) if any(g is not None for g in self.grads[p * t : (p + 1) * t])]
+
+    def present(self) -> list[list[bool]]:
+        """Which task reaches which group, ``[K][T]``."""
+        if self.stacked:
+            return [[True] * self.num_tasks for _ in range(self.num_groups)]
+        present = [[False] * self.num_tasks for _ in range(self.num_groups)]
+        for i, g in enumerate(self.grads):
+            if g is not None:
+                p, t = divmod(i, self.num_tasks)
+                present[0 if self.groups is None else self.groups[p]][t] = True
+        return present
+
+    def mask(self) -> Tensor | None:
+        """Which task reaches which group, bool ``[K, T]`` on the rows' device; None if every task reaches all."""
+        if self.stacked or all(g is not None for g in self.grads):
+            return None
+        present = self.present()
+        return None if all(map(all, present)) else constant_mask(present, self.device)
+
+
+_masks: dict[tuple, Tensor] = {}
+
+
+def constant_mask(present: Sequence[Sequence[bool]], device: torch.device) -> Tensor:
+    """A bool tensor from the host's pattern, kept, so that a pattern is sent to a device once."""
+    key = (device, tuple(map(tuple, present)))
+    if key not in _masks:
+        if len(_masks) >= 256:
+            _masks.clear()
+        _masks[key] = torch.tensor(present, dtype=torch.bool, device=device)
+    return _masks[key]
+
+
+def as_rows(grads: Gradients | Rows, groups: Sequence[int] | None = None) -> Rows:
+    """Check what a user passed as per-task gradients and bring it into one form, without copying.
+
+    Args:
+        grads: See `Gradients`.
+        groups: Per parameter the index of its group, 0..K-1; None puts all into one.
+
+    Raises:
+        TypeError: Something is not a tensor.
+        ValueError: No gradients, unequal numbers of tasks, or ``groups`` does not fit.
+    """
+    if isinstance(grads, Rows):
+        return grads
+    params = [grads] if isinstance(grads, Tensor) else list(grads)
+    if not params:
+        raise ValueError("grads: expected the gradients of at least one parameter, found none")
+    stacked = [isinstance(p, Tensor) for p in params]
+    num_tasks = set()
+    for i, p in enumerate(params):
+        if isinstance(p, Tensor):
+            if p.dim() == 0:
+                raise ValueError(f"grads[{i}]: expected a stacked gradient [T, ...], found a scalar")
+            num_tasks.add(p.shape[0])
+        elif isinstance(p, Sequence) and not isinstance(p, str):
+            num_tasks.add(len(p))
+            for t, g in enumerate(p):
+                if g is not None and not isinstance(g, Tensor):
+                    raise TypeError(f"grads[{i}][{t}]: expected a tensor or None, found {type(g).__name__}")
+        else:
+            raise TypeError(f"grads[{i}]: expected a tensor or a sequence of tensors, found {type(p).__name__}")
+    if len(num_tasks) != 1:
+        raise ValueError(f"grads: parameters with different numbers of tasks: {sorted(num_tasks)}")
+    (t,) = num_tasks
+    if t == 0:
+        raise ValueError("grads: expected at least one task, found none")
+    indices, num_groups = None, 1
+    if groups is not None:
+        indices = [int(g) for g in groups]
+        if len(indices) != len(params):
+            raise ValueError(f"groups: expected one index per parameter ({len(params)}), found {len(indices)}")
+        if min(indices) < 0:
+            raise ValueError(f"groups: expected indices >= 0, found {min(indices)}")
+        num_groups = max(indices) + 1
+    if all(stacked):
+        return Rows(params, t, True, indices, num_groups)  # type: ignore[arg-type]
+    flat: list[Tensor | None] = []
+    for p in params:
+        flat.extend(p.unbind(0) if isinstance(p, Tensor) else p)
+    return Rows(flat, t, False, indices, num_groups)
+
+
+class ThroughGrad:
+    """Fills rows by ``torch.autograd.grad``: touches no ``.grad`` and fires no hooks of the parameters.
+
+    Rows may alias each other, be transposed or have stride 0. Finds nothing under reentrant checkpointing and FSDP2.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.params = list(params)
+
+    def __enter__(self) -> ThroughGrad:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        pass
+
+    def __call__(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], retain_graph: bool
+    ) -> Sequence[Tensor | None]:
+        """One backward pass: the gradients of ``sum_i <cotangent_i, output_i>``, None where a parameter is unused."""
+        if not self.params:
+            return []
+        return torch.autograd.grad(
+            outputs, self.params, list(cotangents), retain_graph=retain_graph, allow_unused=True
+        )
+
+
+class ThroughBackward:
+    """Fills rows by ``backward`` and takes what it left in ``.grad``: works wherever ``loss.backward()`` does.
+
+    While it is entered, the parameters' own ``.grad`` are set aside; leaving puts them back, also after an error.
+    """
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.params = list(params)
+        self.aside: list[Tensor | None] = []
+
+    def __enter__(self) -> ThroughBackward:
+        self.aside = [p.grad for p in self.params]
+        for p in self.params:
+            p.grad = None
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for p, grad in zip(self.params, self.aside, strict=True):
+            p.grad = grad
+
+    def __call__(
+        self, outputs: Sequence[Tensor], cotangents: Sequence[Tensor | None], retain_graph: bool
+    ) -> Sequence[Tensor | None]:
+        """As `ThroughGrad.__call__`; leaves that are not among the parameters accumulate as usual."""
+        torch.autograd.backward(list(outputs), list(cotangents), retain_graph=retain_graph)
+        return self.take()
+
+    def take(self) -> list[Tensor | None]:
+        """What backward has left in ``.grad`` since the last time."""
+        grads = [p.grad for p in self.params]
+        for p in self.params:
+            p.grad = None
+        return grads

@@ -1,0 +1,9 @@
+"""Gradient methods, one file each."""
+
+from fastmtl.surgery.base import GradientMethod, Step
+from fastmtl.surgery.gradnorm import GradNorm
+from fastmtl.surgery.gradvac import GradVac
+from fastmtl.surgery.mgda import MGDA
+from fastmtl.surgery.pcgrad import PCGrad
+
+__all__ = ["MGDA", "GradNorm", "GradVac", "GradientMethod", "PCGrad", "Step"]

@@ -1,0 +1,219 @@
+"""What a gradient method is: a map from the Gramian of the per-task gradients to one weight per task."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+RESCALES = ("none", "sum_to_num_tasks", "sum_to_one")
+
+
+@dataclass(frozen=True)
+class Step:
+    """What a method sees of one training step. All tensors lie on the Gramian's device.
+
+    Attributes:
+        gramian: ``[K, T, T]`` float64, of the raw (unscaled) losses' gradients.
+        mask: bool ``[K, T]``: which task reaches which group; None if all do. Absent entries of the Gramian may hold
+            anything.
+        losses: raw loss values ``[T]`` float64, NaN where a task is absent; None unless the method ``needs_losses``.
+        finite: bool scalar: the present Gramian entries and losses are finite.
+    """
+
+    gramian: Tensor
+    mask: Tensor | None
+    losses: Tensor | None
+    finite: Tensor
+
+    @property
+    def present(self) -> Tensor:
+        """Which task reaches which group, bool ``[K, T]``."""
+        if self.mask is not None:
+            return self.mask
+        return torch.ones(self.gramian.shape[:2], dtype=torch.bool, device=self.gramian.device)
+
+    def commit(self, state: Tensor, new: Tensor) -> None:
+        """Store ``new`` in the buffer ``state`` if this step is finite: an AMP overflow must not poison it."""
+        state.copy_(torch.where(self.finite, new, state))
+
+
+def make_step(gramian: Tensor, mask: Tensor | None, losses: Tensor | None) -> Step:
+    """A `Step`, with ``finite`` worked out on the device."""
+    ok = gramian.isfinite()
+    if mask is not None:
+        ok = ok | ~(mask.unsqueeze(-1) & mask.unsqueeze(-2))
+    finite = ok.all()
+    if losses is not None:
+        absent = torch.zeros_like(losses, dtype=torch.bool) if mask is None else ~mask.any(0)
+        finite = finite & (losses.isfinite() | absent).all()
+    return Step(gramian, mask, losses, finite)
+
+
+class GradientMethod(nn.Module):
+    """Base class of the gradient methods: subclasses implement `solve`.
+
+    A method is an `nn.Module` so that its state (moving averages, learned weights, the random seed) moves with the
+    model and round-trips through ``state_dict``. State is float64 whatever the model is cast to.
+
+    Args:
+        rescale: What the weights sum to: ``"none"``: as the paper says; ``"sum_to_num_tasks"`` or ``"sum_to_one"``.
+            PCGrad's weights sum to about T, MGDA's to 1: changing the method changes the step size unless the sums are
+            made equal.
+
+    Attributes:
+        needs_losses: `solve` reads ``step.losses``.
+        scale_heads: The weights also multiply the gradients of the parameters that are not shared.
+        single_group: The method knows only one group of parameters (K = 1).
+    """
+
+    needs_losses: bool = False
+    scale_heads: bool = False
+    single_group: bool = False
+
+    def __init__(self, rescale: str = "none") -> None:
+        super().__init__()
+        if rescale not in RESCALES:
+            raise ValueError(f"rescale: expected one of {RESCALES}, found {rescale!r}")
+        self.rescale = rescale
+
+    def solve(self, step: Step) -> Tensor:
+        """The paper's weights, ``[K, T]`` float64: NaN where the step is not finite, 0 for absent tasks."""
+        raise NotImplementedError
+
+    def weigh(self, step: Step) -> Tensor:
+        """`solve`, then ``rescale``; advances the state. No host synchronisation."""
+        if self.single_group and step.gramian.shape[0] != 1:
+            raise ValueError(
+                f"{type(self).__name__} knows only one group of parameters, found {step.gramian.shape[0]} groups"
+            )
+        with torch.no_grad():
+            weights = self.solve(step)
+            if self.rescale == "none":
+                return weights
+            total = weights.sum(-1, keepdim=True)
+            goal = step.present.sum(-1, keepdim=True) if self.rescale == "sum_to_num_tasks" else 1.0
+            return torch.where(total == 0, weights, weights * (goal / total))
+
+    def forward(self, gramian: Tensor, losses: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
+        """Weights for a ready Gramian; advances the method's state.
+
+        Args:
+            gramian: ``[T, T]`` or ``[K, T, T]``, symmetric, any floating dtype.
+            losses: Loss values ``[T]``, for methods that need them.
+            mask: bool ``[T]`` or ``[K, T]``: which tasks take part; None: all.
+
+        Returns:
+            ``[T]`` or ``[K, T]`` float64.
+
+        Raises:
+            ValueError: Not square, not symmetric (a Jacobian?), or losses are missing.
+
+        Note:
+            Checking the symmetry synchronises with the host once; the training entry points do not come this way.
+        """
+        if not isinstance(gramian, Tensor):
+            raise TypeError(f"gramian: expected a tensor, found {type(gramian).__name__}")
+        if gramian.dim() not in (2, 3) or gramian.shape[-1] != gramian.shape[-2]:
+            raise ValueError(f"gramian: expected shape [T, T] or [K, T, T], found {list(gramian.shape)}")
+        m = gramian.detach().to(torch.float64)
+        m = m.unsqueeze(0) if m.dim() == 2 else m
+        scale = m.diagonal(dim1=-2, dim2=-1).abs().sqrt()
+        bound = 1e-5 * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+        if bool(((m - m.mT).abs() > bound).any()):
+            raise ValueError("gramian: expected a symmetric matrix of dot products; for a Jacobian use fastmtl.aggregate")
+        present = None if mask is None else mask.to(m.device, torch.bool).expand(m.shape[:2]).contiguous()
+        values = None
+        if self.needs_losses:
+            if losses is None:
+                raise ValueError(f"losses: {type(self).__name__} needs the values of the losses")
+            values = losses.detach().to(m.device, torch.float64)
+            if values.shape != m.shape[-1:]:
+                raise ValueError(f"losses: expected shape [{m.shape[-1]}], found {list(values.shape)}")
+        weights = self.weigh(make_step(m.contiguous(), present, values))
+        return weights if gramian.dim() == 3 else weights[0]
+
+    # ---- state ---------------------------------------------------------------------------------------------------
+
+    def register_state(self, name: str) -> None:
+        """Declare a float64 state tensor whose shape is known at the first step only; see `state`."""
+        self.register_buffer(name, torch.empty(0, dtype=torch.float64))
+
+    def state(self, name: str, like: Tensor, shape: tuple[int, ...], init: float) -> Tensor:
+        """The state tensor ``name`` on the device of ``like``; filled with ``init`` when first asked for.
+
+        Raises:
+            ValueError: The state is of another number of tasks or groups.
+        """
+        buffer: Tensor = getattr(self, name)
+        if buffer.numel() == 0:
+            buffer = torch.full(shape, init, dtype=torch.float64, device=like.device)
+        elif buffer.shape != shape:
+            raise ValueError(
+                f"{type(self).__name__}.{name}: the state is of shape {list(buffer.shape)}, this step needs "
+                f"{list(shape)}; use one method object per set of tasks and groups"
+            )
+        elif buffer.device != like.device:
+            buffer = buffer.to(like.device)
+        setattr(self, name, buffer)
+        return buffer
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GradientMethod:
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype:  # model.half() must not round our state
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name, buffer in self._buffers.items():
+            saved = state_dict.get(prefix + name)
+            if buffer is not None and saved is not None and saved.shape != buffer.shape:
+                self._buffers[name] = torch.empty(saved.shape, dtype=buffer.dtype, device=buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class RandomOrderMethod(GradientMethod):
+    """A method in which each task meets the others in an order that may be random.
+
+    The orders are drawn by a counter-based generator (Philox) from the state ``rng`` = (seed, step): the same on every
+    device and every rank, and resumed exactly from a checkpoint. The seed comes from the default generator, or from
+    ``generator``, when the method is constructed; a training step never touches torch's generators.
+    """
+
+    rng: Tensor
+
+    def __init__(
+        self, order: str | Tensor = "random", generator: torch.Generator | None = None, rescale: str = "none"
+    ) -> None:
+        super().__init__(rescale)
+        if isinstance(order, Tensor):
+            if order.dim() not in (2, 3) or order.shape[-1] != order.shape[-2]:
+                raise ValueError(f"order: expected shape [T, T] or [K, T, T], found {list(order.shape)}")
+            every = torch.arange(order.shape[-1], device=order.device)
+            if not torch.equal(order.long().sort(-1).values, every.expand(order.shape)):
+                raise ValueError("order: each row must be a permutation of 0..T-1")
+            order = order.long().contiguous()
+        elif order not in ("random", "fixed", "shared"):
+            raise ValueError(f"order: expected 'random', 'fixed', 'shared' or a tensor, found {order!r}")
+        self.order = order
+        seed = torch.randint(2**62, (), generator=generator, dtype=torch.int64, device=getattr(generator, "device", None))
+        self.register_buffer("rng", torch.stack([seed.cpu(), torch.zeros_like(seed, device="cpu")]))
+
+    def draw(self, step: Step) -> tuple[Tensor | str, Tensor]:
+        """This step's ``order`` and ``rng`` for the solver."""
+        device = step.gramian.device
+        if self.rng.device != device:
+            self.rng = self.rng.to(device)
+        if isinstance(self.order, Tensor) and self.order.device != device:
+            self.order = self.order.to(device)
+        return self.order, self.rng
+
+    def advance(self, step: Step) -> None:
+        """The next step draws other orders, if this one was finite."""
+        self.rng[1].add_(step.finite)

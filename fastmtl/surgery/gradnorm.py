@@ -1,0 +1,120 @@
+"""GradNorm: learned loss weights that balance gradient norms by training rates."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from fastmtl.surgery.base import GradientMethod, Step
+
+
+class GradNorm(GradientMethod):
+    """Learns one weight per task so that slower tasks get larger gradients.
+
+    With ``G_t = w_t |g_t|``, the relative inverse training rate ``r_t = (L_t / L_t^0) / mean`` and the constant target
+    ``mean(G) r_t^alpha``, the weights descend ``sum_t |G_t - target_t|``, whose gradient is
+    ``sign(G_t - target_t) |g_t|``. A step uses the weights from before its own update. Then they are held above
+    ``min_weight`` and made to sum to T. Answers differences of magnitude and of velocity.
+
+    The norms come from the Gramian's diagonal. The paper takes them over the last shared layer: pass
+    ``gramian_params=`` that layer to `fastmtl.backward`, which then needs T short backward passes and one whole one.
+
+    Args:
+        alpha: Strength of the pull towards equal training rates. Paper: 1.5.
+        lr: Learning rate of the weights. Paper: 0.025.
+        optimizer: ``"sgd"`` (default) or ``"adam"`` (betas 0.9, 0.999, eps 1e-8), for the weights.
+        min_weight: Lower bound of a weight. Deviation from the paper, which has none: its steps can make weights
+            negative.
+        scale_heads: Also multiply the heads' gradients, as the paper does (the network's loss is ``sum w_t L_t``).
+            Must be False in `FeatureSurgery`.
+        rescale: See `GradientMethod`; the weights already sum to T.
+
+    Raises:
+        ValueError: An option out of range; more than one group of parameters.
+
+    Note:
+        Cost: O(T) on the device, no synchronisation. State: weights, initial losses and Adam's moments, ``[T]`` each.
+        A task's initial loss is that of its first step; absent tasks keep their weight and take no part in the means.
+        State moves only on finite steps.
+
+    Reference:
+        Chen, Badrinarayanan, Lee, Rabinovich, "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep
+        Multitask Networks", ICML 2018, equations 1 and 2, Algorithm 1. Deviation: ``min_weight``.
+
+    Example:
+        >>> import torch, fastmtl
+        >>> method = fastmtl.GradNorm()
+        >>> _ = method(torch.diag(torch.tensor([1., 4., 16.])), losses=torch.tensor([1., 1., 1.]))
+        >>> method.weights.sum()
+        tensor(3., dtype=torch.float64)
+    """
+
+    needs_losses = True
+    single_group = True
+    weights: Tensor
+    initial_losses: Tensor
+    moments: Tensor
+
+    def __init__(
+        self,
+        alpha: float = 1.5,
+        lr: float = 0.025,
+        optimizer: str = "sgd",
+        min_weight: float = 1e-3,
+        scale_heads: bool = True,
+        rescale: str = "none",
+    ) -> None:
+        super().__init__(rescale)
+        if lr <= 0:
+            raise ValueError(f"lr: expected a positive learning rate, found {lr}")
+        if optimizer not in ("sgd", "adam"):
+            raise ValueError(f"optimizer: expected 'sgd' or 'adam', found {optimizer!r}")
+        if not 0 < min_weight < 1:
+            raise ValueError(f"min_weight: expected a bound in (0, 1), found {min_weight}")
+        self.alpha, self.lr, self.optimizer, self.min_weight = alpha, lr, optimizer, min_weight
+        self.scale_heads = scale_heads
+        self.register_state("weights")
+        self.register_state("initial_losses")
+        self.register_state("moments")  # Adam: first, second, and the number of steps, per task
+
+    def solve(self, step: Step) -> Tensor:
+        """See `GradientMethod.solve`."""
+        assert step.losses is not None
+        present, losses = step.present[0], step.losses
+        num_tasks = losses.shape[0]
+        weights = self.state("weights", losses, (num_tasks,), 1.0)
+        initial = self.state("initial_losses", losses, (num_tasks,), float("nan"))
+        moments = self.state("moments", losses, (3, num_tasks), 0.0)
+        used = torch.where(present, weights, 0.0)
+        first = torch.where(present & initial.isnan(), losses, initial)
+
+        def mean(x: Tensor) -> Tensor:
+            return torch.where(present, x, 0.0).sum() / present.sum()
+
+        norms = step.gramian[0].diagonal().clamp(min=0).sqrt()
+        size = weights * norms
+        # A loss that started at 0 trains at rate 1; so do all while the mean rate is 0.
+        ratio = torch.where(first == 0, 1.0, losses / first)
+        rate = ratio / mean(ratio)
+        rate = torch.where(rate.isfinite() & (rate > 0), rate, torch.where(rate == 0, 0.0, 1.0))
+        slope = torch.sign(size - mean(size) * rate**self.alpha) * norms
+        slope = torch.where(present, slope, 0.0)
+        moved, new_moments = self._descend(weights, slope, moments, present)
+        moved = torch.where(present, moved.clamp(min=self.min_weight), weights)
+        moved = moved * (num_tasks / moved.sum())
+
+        result = torch.where(step.finite, used, torch.full_like(used, float("nan")))
+        step.commit(initial, first)
+        step.commit(weights, moved)
+        step.commit(moments, new_moments)
+        return result.unsqueeze(0)
+
+    def _descend(self, weights: Tensor, slope: Tensor, moments: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        if self.optimizer == "sgd":
+            return weights - self.lr * slope, moments
+        count = moments[2] + present
+        m = torch.where(present, 0.9 * moments[0] + 0.1 * slope, moments[0])
+        v = torch.where(present, 0.999 * moments[1] + 0.001 * slope**2, moments[1])
+        unbiased_m, unbiased_v = m / (1 - 0.9**count), v / (1 - 0.999**count)
+        moved = weights - self.lr * unbiased_m / (unbiased_v.sqrt() + 1e-8)
+        return moved, torch.stack([m, v, count])

@@ -1,0 +1,215 @@
+"""One batch per task: collect each task's gradients as its backward pass comes, then combine them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastmtl import ops
+from fastmtl.engine import (
+    Method,
+    accumulate,
+    check_method,
+    check_nonfinite,
+    decide,
+    scale_of,
+    task_mask,
+    unscaled,
+)
+from fastmtl.losses import Losses, LossesLike, parse_losses
+from fastmtl.parameters import GroupsLike, ParamsLike, resolve_groups, resolve_params
+from fastmtl.result import Result
+from fastmtl.rows import Rows, ThroughBackward
+from fastmtl.weighting.base import LossWeighting
+
+
+class TaskGradients:
+    """Collects per-task gradients over separate backward passes: multilingual, multi-dataset, RL, micro-batches.
+
+    Each task's pass is an ordinary ``backward``; no extra work is done. Several passes of one task add up, so surgery
+    over micro-batches is exact here. Parameters that are not shared accumulate into their ``.grad`` as usual.
+
+    Args:
+        shared_params: A module, parameters, or names (with ``model``).
+        num_tasks: T.
+        heads: The parameters that are not shared, given likewise; only for methods that scale them too
+            (``scale_heads``, loss weightings).
+        model: Where names are looked up.
+        groups: As for `fastmtl.backward`.
+        scaler: A ``torch.amp.GradScaler``. `backward` then takes raw losses and scales them; within `task`, scale the
+            loss yourself. ``.grad`` is left scaled.
+        names: The tasks' names, for errors.
+
+    Raises:
+        TypeError, ValueError: As for `fastmtl.backward`.
+
+    Note:
+        Cost: T x P memory; `combine` reads it twice and writes P.
+
+    Example:
+        >>> import torch, fastmtl
+        >>> model = torch.nn.Linear(2, 1, bias=False)
+        >>> rows = fastmtl.TaskGradients(model, num_tasks=2)
+        >>> for t, x in enumerate([torch.tensor([1., 0.]), torch.tensor([0., 2.])]):
+        ...     rows.backward(t, model(x).sum())
+        >>> rows.combine(fastmtl.MGDA()).weights
+        tensor([0.8000, 0.2000], dtype=torch.float64)
+        >>> model.weight.grad
+        tensor([[0.8000, 0.4000]])
+    """
+
+    def __init__(
+        self,
+        shared_params: ParamsLike,
+        num_tasks: int,
+        *,
+        heads: ParamsLike | None = None,
+        model: nn.Module | None = None,
+        groups: GroupsLike | None = None,
+        scaler: Any = None,
+        names: Sequence[str] | None = None,
+    ) -> None:
+        if num_tasks < 1:
+            raise ValueError(f"num_tasks: expected at least 1, found {num_tasks}")
+        if names is not None and len(names) != num_tasks:
+            raise ValueError(f"names: expected one per task ({num_tasks}), found {len(names)}")
+        by_name = resolve_params(shared_params, model, "shared_params")
+        self.num_tasks = num_tasks
+        self.names = tuple(names) if names is not None else tuple(f"task {t}" for t in range(num_tasks))
+        self.shared = list(by_name.values())
+        self.heads = [] if heads is None else list(resolve_params(heads, model, "heads").values())
+        self.scaler = scaler
+        self._groups, self._num_groups = resolve_groups(groups, by_name, model)
+        self._grouped = groups not in (None, "all")
+        self.zero()
+
+    def zero(self) -> None:
+        """Forget all rows and losses; `combine` does so too."""
+        self._rows: list[list[Tensor | None] | None] = [None] * self.num_tasks
+        self._losses: list[Tensor | None] = [None] * self.num_tasks
+
+    def backward(self, task: int, loss: Tensor, retain_graph: bool = False) -> None:
+        """Run ``loss.backward()`` and keep the shared parameters' gradients as this task's.
+
+        Args:
+            task: Index, 0..T-1.
+            loss: Raw scalar. Called again for the same task, gradients and losses add up.
+            retain_graph: As for ``loss.backward()``.
+
+        Raises:
+            ValueError: The task or the loss does not fit. Nothing is kept of a pass that raises.
+        """
+        checked = parse_losses({self._name(task): loss}).present[0]
+        scale = scale_of(self.scaler, checked.device)
+        with self.task(task):
+            torch.autograd.backward([checked], [scale if scale is None else scale.to(loss.dtype)], retain_graph)
+        before = self._losses[task]
+        self._losses[task] = checked.detach() if before is None else before + checked.detach()
+
+    @contextmanager
+    def task(self, task: int) -> Iterator[None]:
+        """All backward passes within are this task's. Losses are not seen: hand them to `combine` where needed."""
+        self._name(task)
+        with ThroughBackward([*self.shared, *self.heads]) as run:
+            yield
+            new = run.take()
+        old = self._rows[task]
+        self._rows[task] = new if old is None else [_sum(a, b) for a, b in zip(old, new, strict=True)]
+
+    def combine(
+        self,
+        method: Method,
+        losses: LossesLike | None = None,
+        *,
+        nonfinite: str = "propagate",
+        max_norm: float | None = None,
+    ) -> Result:
+        """Add the combined gradients to ``.grad`` and forget the rows.
+
+        Args:
+            method: A gradient method or a loss weighting. Those that scale heads need ``heads=`` at construction.
+            losses: Raw loss values; None: those that `backward` has seen.
+            nonfinite: As for `fastmtl.backward`; ``"skip"`` and ``"drop_task"`` reach the heads only if they were given.
+            max_norm: As for `fastmtl.backward`.
+
+        Returns:
+            `Result`; ``grads`` are the shared parameters' ``.grad``. Tasks without a row are absent.
+
+        Raises:
+            ValueError: No rows, missing losses, or heads that would have to be scaled and were not given. Rows,
+                ``.grad`` and the method's state are then as before.
+        """
+        check_method(method)
+        check_nonfinite(nonfinite, self.scaler)
+        if all(row is None for row in self._rows):
+            raise ValueError("combine: no task has run a backward pass yet")
+        if (isinstance(method, LossWeighting) or method.scale_heads) and not self.heads:
+            raise ValueError(
+                f"{type(method).__name__} scales the heads too: pass heads= to TaskGradients, "
+                "or scale_heads=False to the method if it has it"
+            )
+        parsed = self._parse(losses)
+        n = len(self.shared)
+        rows = Rows.by_task([r and r[:n] for r in self._rows], self._groups, self._num_groups)
+        heads = Rows.by_task([r and r[n:] for r in self._rows])
+        if isinstance(method, LossWeighting):
+            return self._weigh_losses(method, parsed, rows, heads)
+        gramian = unscaled(ops.gram(rows), scale_of(self.scaler, rows.device))
+        decision = decide(method, gramian, task_mask(rows, None), parsed, self.names, nonfinite, max_norm)
+        if not decision.skip:
+            accumulate(self.shared, rows, decision.weights)
+            accumulate(self.heads, heads, decision.for_heads(method))
+        return self._finish(decision.weights, gramian)
+
+    def _weigh_losses(self, method: LossWeighting, losses: Losses | None, rows: Rows, heads: Rows) -> Result:
+        if losses is None:
+            raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
+        total, weights = method.slopes(losses.items)
+        weights = weights.to(rows.device)
+        accumulate(self.shared, rows, weights.expand(rows.num_groups, -1))
+        accumulate(self.heads, heads, weights)
+        if total.requires_grad:
+            scale = scale_of(self.scaler, total.device)
+            total.backward(None if scale is None else scale.to(total.dtype))
+        return self._finish(weights.expand(rows.num_groups, -1), None)
+
+    def _finish(self, weights: Tensor, gramian: Tensor | None) -> Result:
+        self.zero()
+        grads = tuple(p.grad for p in self.shared)
+        if self._grouped:
+            return Result(grads, weights, gramian)
+        return Result(grads, weights[0], None if gramian is None else gramian[0])
+
+    def _parse(self, losses: LossesLike | None) -> Losses | None:
+        """The losses of the tasks that have rows, or None if there are none."""
+        present = [row is not None for row in self._rows]
+        if losses is None:
+            items = self._losses
+            if any(p and x is None for p, x in zip(present, items, strict=True)):
+                return None
+        else:
+            parsed = parse_losses(losses, differentiable=False)
+            if len(parsed) != self.num_tasks:
+                raise ValueError(f"losses: expected {self.num_tasks} tasks, found {len(parsed)}")
+            for name, p, x in zip(self.names, present, parsed.items, strict=True):
+                if p and x is None:
+                    raise ValueError(f"loss of {name}: the task has a gradient but no loss")
+            items = list(parsed.items)
+        return Losses(self.names, tuple(x if p else None for p, x in zip(present, items, strict=True)))
+
+    def _name(self, task: int) -> str:
+        if not isinstance(task, int) or not 0 <= task < self.num_tasks:
+            raise ValueError(f"task: expected an index in 0..{self.num_tasks - 1}, found {task!r}")
+        return self.names[task]
+
+
+def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
+    if a is None or b is None:
+        return b if a is None else a
+    return a + b
+
+

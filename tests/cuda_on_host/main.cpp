@@ -1,0 +1,24 @@
+// main SUITE..: runs the suites named, or all.
+#include <cstdio>
+#include <cstring>
+
+#include "check.h"
+#include "suites.h"
+
+int main(int argc, char** argv) {
+  const struct {
+    const char* name;
+    void (*run)();
+  } kSuites[] = {
+      {"gram_registers", gram_registers}, {"gram_tiled", gram_tiled}, {"gram_tables", gram_tables},
+      {"combine", combine},               {"min_norm", min_norm},     {"pcgrad", pcgrad},
+      {"gradvac", gradvac},
+  };
+  for (const auto& suite : kSuites) {
+    bool named = argc == 1;
+    for (int i = 1; i < argc; ++i) named |= strcmp(argv[i], suite.name) == 0;
+    if (named) suite.run();
+  }
+  printf("%d cases, %d failures\n", check::num_cases, check::num_failures);
+  return check::num_failures > 0 || check::num_cases == 0;
+}

@@ -1,0 +1,10 @@
+// The suites of main.cpp.
+#pragma once
+
+void gram_registers();
+void gram_tiled();
+void gram_tables();  // many parameters and groups, mixed types
+void combine();
+void min_norm();
+void pcgrad();
+void gradvac();
