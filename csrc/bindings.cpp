@@ -91,8 +91,13 @@ py::tuple gradvac(const Doubles& gramian, const Doubles& targets, const std::opt
   const int64_t rng[2] = {seed, step};
   Doubles weights = new_weights(gramian);
   Doubles new_targets(sizes_of(gramian));
-  const GradVac method{order_of(gramian, order_kind, order, rng), beta,           ema_first, ema_always,
-                       targets.data(), new_targets.mutable_data(), weights.mutable_data()};
+  const GradVac method{order_of(gramian, order_kind, order, rng),
+                       beta,
+                       ema_first,
+                       ema_always,
+                       targets.data(),
+                       new_targets.mutable_data(),
+                       weights.mutable_data()};
   {
     py::gil_scoped_release release;
     gradvac_cpu(problems, method);
@@ -155,8 +160,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_cpu_capability", &fastmtl::set_cpu_capability, "name"_a,
         "Lowers (or restores) the instruction set of the CPU kernels; False where this CPU lacks it.");
   m.def("philox", &fastmtl::philox_words, "counter"_a, "key"_a, "Philox4x32-10.");
-  m.def("visiting_order", &fastmtl::random_orders, "num_tasks"_a, "seed"_a, "step"_a,
-        "problem"_a, "The random orders [T,T] of one problem (csrc/solvers/order.h).");
+  m.def("visiting_order", &fastmtl::random_orders, "num_tasks"_a, "seed"_a, "step"_a, "problem"_a,
+        "The random orders [T,T] of one problem (csrc/solvers/order.h).");
   m.def("min_norm", &fastmtl::min_norm, "gramian"_a, "mask"_a.none(true));
   m.def("pcgrad", &fastmtl::pcgrad, "gramian"_a, "mask"_a.none(true), "order_kind"_a, "order"_a.none(true), "seed"_a,
         "step"_a, "include_self"_a, "mean"_a);

@@ -39,8 +39,8 @@ def aggregate(
 
     Example:
         >>> import torch, fastmtl
-        >>> fastmtl.aggregate(torch.tensor([[-4., 1., 1.], [6., 1., 1.]]), fastmtl.MGDA()).grads
-        tensor([0., 1., 1.])
+        >>> fastmtl.aggregate(torch.tensor([[1., 0.], [0., 2.]]), fastmtl.MGDA()).grads
+        tensor([0.8000, 0.4000])
     """
     check_method(method)
     rows = as_rows(grads, groups)

@@ -88,12 +88,12 @@ def backward(
 
     Example:
         >>> import torch, fastmtl
-        >>> x = torch.nn.Parameter(torch.tensor([1., 1., 1.]))
-        >>> jacobian = torch.tensor([[-4., 1., 1.], [6., 1., 1.]])
-        >>> fastmtl.backward(jacobian @ x, fastmtl.MGDA(), shared_params=[x]).weights
-        tensor([0.6000, 0.4000], dtype=torch.float64)
+        >>> x = torch.nn.Parameter(torch.tensor([1., 1.]))
+        >>> losses = {"slow": x[0], "fast": 2 * x[1]}
+        >>> fastmtl.backward(losses, fastmtl.MGDA(), shared_params=[x]).weights
+        tensor([0.8000, 0.2000], dtype=torch.float64)
         >>> x.grad
-        tensor([0., 1., 1.])
+        tensor([0.8000, 0.4000])
     """
     check_method(method)
     check_nonfinite(nonfinite, scaler)

@@ -91,12 +91,11 @@ class FeatureSurgery(nn.Module):
     Example:
         >>> import torch, fastmtl
         >>> surgery = fastmtl.FeatureSurgery(fastmtl.MGDA(), num_tasks=2)
-        >>> features = torch.ones(3, requires_grad=True)
+        >>> features = torch.ones(2, requires_grad=True)
         >>> a, b = surgery(features)
-        >>> losses = [(a * torch.tensor([-4., 1., 1.])).sum(), (b * torch.tensor([6., 1., 1.])).sum()]
-        >>> surgery.total(losses).backward()
+        >>> surgery.total([a[0], 2 * b[1]]).backward()
         >>> features.grad
-        tensor([0., 1., 1.])
+        tensor([0.8000, 0.4000])
     """
 
     losses: Tensor

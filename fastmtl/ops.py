@@ -76,8 +76,8 @@ def combine(grads: Gradients | Rows, weights: Tensor, groups: Sequence[int] | No
 
     Example:
         >>> import torch, fastmtl
-        >>> fastmtl.ops.combine(torch.tensor([[-4., 1., 1.], [6., 1., 1.]]), torch.tensor([.6, .4]))
-        tensor([0., 1., 1.])
+        >>> fastmtl.ops.combine(torch.tensor([[-4., 1., 1.], [6., 1., 1.]]), torch.tensor([.5, .5]))
+        tensor([1., 1., 1.])
     """
     rows = as_rows(grads, groups)
     w = check_weights(weights, rows)

@@ -297,15 +297,16 @@ def _nearest_point(m: Floats) -> Floats:
     futile: set[int] = set()  # adding these brought no progress from the present point: rounding
     while True:
         products = cosines @ u
-        noise = 4 * np.finfo(float).eps * (np.abs(cosines) @ u)
-        gain = d * (u @ products) - products - noise  # > 0: a step towards that task shortens the point
+        squared = u @ products
+        gain = d * squared - products  # > 0: a step towards that task shortens the point
+        gain -= 4 * np.finfo(float).eps * (np.abs(cosines) @ u)
         gain[[*support, *futile]] = -np.inf
         enters = int(gain.argmax())
-        if gain[enters] <= 0:
+        if gain[enters] <= 0 or squared <= 0:
             w: Floats = d * u / (d @ u)
             return w
         next_u, next_support = _minimize_on_support(cosines, d, u, [*support, enters])
-        if next_u @ cosines @ next_u < u @ products:
+        if next_u @ (cosines @ next_u) < squared:
             u, support, futile = next_u, next_support, set()
         else:
             futile.add(enters)

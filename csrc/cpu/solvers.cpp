@@ -17,7 +17,8 @@ namespace {
 constexpr int64_t kParallelCube = 1 << 15;
 
 // Calls solve(k, scratch) for every problem, with `scratch_size` doubles.
-void for_each_problem(const Problems& problems, int64_t scratch_size, const std::function<void(int64_t, double*)>& solve) {
+void for_each_problem(const Problems& problems, int64_t scratch_size,
+                      const std::function<void(int64_t, double*)>& solve) {
   const int64_t t = problems.num_tasks;
   const int64_t work = problems.count * t * t * t;
   const int64_t chunks = work < kParallelCube ? 1 : std::min<int64_t>(problems.count, num_threads());

@@ -118,7 +118,7 @@ __device__ __forceinline__ void solve_min_norm(const Team& team, const Problems&
   if (team.rank() == 0) args.gap[k] = gap;
 }
 
-__global__ void __launch_bounds__(kWarp) min_norm_warp_kernel(Problems problems, MinNorm args, double* scratch) {
+__global__ void __launch_bounds__(kWarp, 1) min_norm_warp_kernel(Problems problems, MinNorm args, double* scratch) {
   solve_min_norm(WarpTeam(), problems, args, scratch);
 }
 

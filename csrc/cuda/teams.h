@@ -1,4 +1,5 @@
-// The teams of solvers/team.h on the device: a warp, or a block. Sums are taken in a fixed order.
+// The teams of solvers/team.h on the device: a warp, or a block. Sums are taken in a fixed order. Shuffles and ballots
+// do not order memory, so each operation of a warp begins with __syncwarp().
 #pragma once
 #include <cstdint>
 
@@ -13,11 +14,13 @@ struct WarpTeam {
   __device__ void sync() const { __syncwarp(); }
 
   __device__ double sum(double x) const {
+    __syncwarp();
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) x += __shfl_xor_sync(~0u, x, distance);
     return x;
   }
   __device__ double max(double x) const {
+    __syncwarp();
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) {
       const double other = __shfl_xor_sync(~0u, x, distance);
@@ -26,6 +29,7 @@ struct WarpTeam {
     return x;
   }
   __device__ int argmax(double value, int index) const {
+    __syncwarp();
 #pragma unroll
     for (int distance = 16; distance > 0; distance /= 2) {
       const double other_value = __shfl_xor_sync(~0u, value, distance);
@@ -38,6 +42,7 @@ struct WarpTeam {
     return index;
   }
   __device__ int first(bool hit) const {
+    __syncwarp();
     const unsigned hits = __ballot_sync(~0u, hit);
     return hits == 0 ? 32 : __ffs(static_cast<int>(hits)) - 1;
   }

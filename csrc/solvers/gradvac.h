@@ -5,9 +5,10 @@
 //   and always:     target[i][j] = (1 - beta) t + beta phi,                            phi from before the correction
 // With targets of 0 it is PCGrad.
 //
-// Rounding: |g'|^2 = c^T v is computed anew after every correction. It cancels where g' has become small against what it
-// was made of, sum_t |c_t| |g_t|; below kVanished times that its direction is rounding noise and counts as no direction:
-// what has no direction has no cosine, is not corrected, and leaves its targets alone. So do tasks with zero norm.
+// Rounding: |g'|^2 changes by a (2 <g', g_j> + a |g_j|^2) in a correction by a g_j. That is as accurate as computing
+// c^T M c anew (compared, against vectors), as all terms are bounded by what g' was made of, parts = sum_t |c_t| |g_t|.
+// Where g' has become much smaller, its direction is rounding noise: below kVanished * parts it counts as zero. What is
+// zero has no cosine: it is not corrected and leaves its targets alone. So do tasks of zero norm.
 // A target next to 1 asks for an unbounded multiple of g_j, and is never reached by two parallel gradients whose cosine
 // is 1 up to rounding. So targets count as at most kLargestTarget, which bounds the multiple by about 700 |g'| / |g_j|;
 // their average is kept as it is.
@@ -32,6 +33,10 @@ namespace detail {
 
 constexpr double kVanished = 1e-6;
 constexpr double kLargestTarget = 1 - 1e-6;
+
+FASTMTL_HD double cosine(double product, double norm, double norm_j) {
+  return std::fmin(1.0, std::fmax(-1.0, product / (norm * norm_j)));
+}
 
 struct CosineStep {
   bool correct;   // phi is below its target
@@ -81,43 +86,34 @@ FASTMTL_HD void gradvac_row(const Team& team, const Problem& problem, const Orde
   visiting_order(team, order, problem.index, row, num_tasks, visit);
 
   double norm = norms[row];  // |g'|
-  double squared = norm * norm;
-  double parts = norm;       // sum_t |c_t| |g_t|, or more
+  double squared_norm = norm * norm;
+  double parts = norm;  // at least sum_t |c_t| |g_t|
   int position = 0;
   while (position < num_tasks && norm > 0) {
     const int mine = position + team.rank();
     const int j_mine = mine < num_tasks ? visit[mine] : row;
     const bool meets = j_mine != row && norms[j_mine] > 0;  // an absent task has norm 0 here
     detail::CosineStep step = {false, 0, 0};
-    if (meets) {
-      const double phi = std::fmin(1.0, std::fmax(-1.0, v[j_mine] / (norm * norms[j_mine])));
-      step = detail::compare_cosine(rule, phi, targets[j_mine]);
-    }
+    if (meets) step = detail::compare_cosine(rule, detail::cosine(v[j_mine], norm, norms[j_mine]), targets[j_mine]);
     const int first = team.first(step.correct);
-    const int j = first < team.size() ? visit[position + first] : row;
-    double amount = 0;
-    if (j != row) {
-      const double phi = std::fmin(1.0, std::fmax(-1.0, v[j] / (norm * norms[j])));
-      const double target = detail::compare_cosine(rule, phi, targets[j]).target;
-      amount = detail::cosine_correction(norm, norms[j], phi, target);
-    }
+    const bool correct = first < team.size();
+    const int j = correct ? visit[position + first] : row;
+    const double v_j = v[j], target_j = targets[j];
     team.sync();  // everyone has read v and the targets
     if (meets && team.rank() <= first && (rule.ema_always || step.correct)) new_targets[j_mine] = step.moved;
-    if (j == row) {
-      position += team.size();
-      continue;
-    }
-    position += first + 1;
+    position += correct ? first + 1 : team.size();
+    if (!correct) continue;
+
+    const double phi = detail::cosine(v_j, norm, norms[j]);
+    const double target = detail::compare_cosine(rule, phi, target_j).target;
+    const double amount = detail::cosine_correction(norm, norms[j], phi, target);
     const double* gramian_j = problem.row(j);
+    for (int t = team.rank(); t < num_tasks; t += team.size()) v[t] += amount * gramian_j[t];
     if (team.rank() == 0) coefficients[j] += amount;
-    const double vj_new = v[j] + amount * gramian_j[j];
-    team.sync();
-    squared += amount * (v[j] + vj_new);
-    for (int t = team.rank(); t < num_tasks; t += team.size()) {
-      v[t] += amount * gramian_j[t];
-    }
     parts += amount * norms[j];
-    norm = squared > (detail::kVanished * parts) * (detail::kVanished * parts) ? std::sqrt(squared) : 0.0;
+    squared_norm += amount * (2 * v_j + amount * gramian_j[j]);
+    const double vanished = detail::kVanished * parts;
+    norm = squared_norm > vanished * vanished ? std::sqrt(squared_norm) : 0.0;
     team.sync();
   }
 }

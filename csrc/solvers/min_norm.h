@@ -3,16 +3,17 @@
 // With m the smallest squared norm, the tasks scaled to correlations and c_i = sqrt(m / M_ii), the weights are
 // w ~ c z for the z that solves the bound-constrained problem without the equality
 //   min 1/2 z^T A z - c^T z,  z >= 0,     A = D^-1/2 M D^-1/2 + c c^T,  D = diag(M).
-// A primal active set: from z = 0, the task with the largest decrease r_i^2 / d_i enters (r = c - A z; d_i the curvature
-// left once the support follows), the ratio test makes tasks leave that would turn negative on the way. Both are one
-// sweep, a symmetric rank-1 update of a tableau that holds, for the support S,
+// A primal active set: from z = 0, the task with the largest decrease r_i^2 / d_i enters (r = c - A z; d_i the
+// curvature left once the support follows), the ratio test makes tasks leave that would turn negative on the way. Both
+// are one sweep, a symmetric rank-1 update of a tableau that holds, for the support S,
 //   S,S: -A_SS^-1     rest,S: A_rest,S A_SS^-1     rest,rest: the Schur complement, whose diagonal is d
-// and in an extra column q the solution z on S and the residuals r elsewhere. On random problems 1 to 2 sweeps per task.
+// and in an extra column q the solution z on S and the residuals r elsewhere. On random problems 1 to 2 sweeps per
+// task.
 //
 // A task that depends linearly on the support has d = 0 up to rounding. It never divides by that d: it enters where
 // another one leaves for it, or not at all.
-// The solution is then refined against the Gramian itself (rounding grows with the number of sweeps), and if the duality
-// gap does not confirm it, the tableau is built again on the support found, and the search goes on from there.
+// Rounding grows with the sweeps, so the duality gap is taken from the Gramian itself; where it does not confirm the
+// solution, the tableau is built anew on the support found and the search goes on from there.
 //
 // Cost: T^2 / 2 multiply-adds per sweep, on a packed triangle of T (T+1) / 2 doubles.
 #pragma once
@@ -33,7 +34,7 @@ enum State : int32_t { kOutside, kInside, kLeft, kAbsent };
 
 constexpr double kSmallestPivot = 1e-13;  // less is rounding noise: entries of A are at most 2
 constexpr double kSmallestExchange = 1e-6;
-constexpr double kGapGoal = 1e-10;         // of m
+constexpr double kGapGoal = 1e-10;  // of m
 constexpr int kAttempts = 4;
 constexpr double kNever = 1e300;
 
@@ -41,11 +42,11 @@ struct Tableau {
   int num_tasks;
   double* triangle;  // packed lower triangle
   double* q;
-  double* column;    // the pivot's column, before its sweep
+  double* column;  // the pivot's column, before its sweep
   double* c;
-  double* scale;     // 1 / |g_i|
-  double* u;         // z * scale, then weights
-  double* product;   // M w
+  double* scale;  // 1 / |g_i|
+  double* weights;
+  double* product;  // M w
   int32_t* state;
 
   FASTMTL_HD double* row(int i) const { return triangle + static_cast<int64_t>(i) * (i + 1) / 2; }
@@ -55,9 +56,9 @@ struct Tableau {
 FASTMTL_HD Tableau make_tableau(int num_tasks, double* scratch) {
   const int64_t t = num_tasks;
   double* vectors = scratch + t * (t + 1) / 2;
-  return {num_tasks,       scratch,         vectors,         vectors + t,
-          vectors + 2 * t, vectors + 3 * t, vectors + 4 * t, vectors + 5 * t,
-          reinterpret_cast<int32_t*>(vectors + 6 * t)};
+  return {num_tasks,       scratch,         vectors,
+          vectors + t,     vectors + 2 * t, vectors + 3 * t,
+          vectors + 4 * t, vectors + 5 * t, reinterpret_cast<int32_t*>(vectors + 6 * t)};
 }
 
 template <class Team>
@@ -211,49 +212,22 @@ FASTMTL_HD void multiply(const Team& team, const Problem& problem, const double*
   }
 }
 
-// One step of iterative refinement of u = scale * z against the Gramian itself, on the tableau's support.
-template <class Team>
-FASTMTL_HD void refine(const Team& team, const Problem& problem, const Tableau& tab) {
-  double sum = 0;
-  for (int i = team.rank(); i < tab.num_tasks; i += team.size()) {
-    sum += tab.state[i] == kInside ? tab.c[i] / tab.scale[i] * tab.u[i] : 0.0;
-  }
-  const double rest = 1 - team.sum(sum);
-  multiply(team, problem, tab.u, tab.product);
-  for (int i = team.rank(); i < tab.num_tasks; i += team.size()) {
-    tab.column[i] = tab.state[i] == kInside ? tab.c[i] * rest - tab.scale[i] * tab.product[i] : 0.0;
-  }
-  team.sync();
-  for (int i = team.rank(); i < tab.num_tasks; i += team.size()) {
-    if (tab.state[i] != kInside) continue;
-    double change = 0;
-    for (int j = 0; j < tab.num_tasks; ++j) {
-      if (tab.column[j] != 0) change -= tab.at(i, j) * tab.column[j];
-    }
-    tab.u[i] += tab.scale[i] * change;
-  }
-  team.sync();
-}
-
-// Writes the solution on the tableau's support to u, as weights, and returns its duality gap.
+// Writes the weights of the solution on the tableau's support, and returns its duality gap.
 template <class Team>
 FASTMTL_HD double solution(const Team& team, const Problem& problem, const Tableau& tab) {
-  for (int i = team.rank(); i < tab.num_tasks; i += team.size()) {
-    tab.u[i] = tab.state[i] == kInside ? tab.scale[i] * tab.q[i] : 0.0;
-  }
-  team.sync();
-  refine(team, problem, tab);
-  refine(team, problem, tab);
   double sum = 0;
-  for (int i = team.rank(); i < tab.num_tasks; i += team.size()) sum += tab.u[i] = std::fmax(tab.u[i], 0.0);
+  for (int i = team.rank(); i < tab.num_tasks; i += team.size()) {
+    tab.weights[i] = tab.state[i] == kInside ? tab.scale[i] * std::fmax(tab.q[i], 0.0) : 0.0;
+    sum += tab.weights[i];
+  }
   sum = team.sum(sum);
-  for (int i = team.rank(); i < tab.num_tasks; i += team.size()) tab.u[i] /= sum;
+  for (int i = team.rank(); i < tab.num_tasks; i += team.size()) tab.weights[i] /= sum;
   team.sync();
-  multiply(team, problem, tab.u, tab.product);
+  multiply(team, problem, tab.weights, tab.product);
   double squared_norm = 0, smallest = kNever;
   for (int i = team.rank(); i < tab.num_tasks; i += team.size()) {
     if (tab.state[i] == kAbsent) continue;
-    squared_norm += tab.u[i] != 0 ? tab.u[i] * tab.product[i] : 0.0;
+    squared_norm += tab.weights[i] != 0 ? tab.weights[i] * tab.product[i] : 0.0;
     smallest = std::fmin(smallest, tab.product[i]);
   }
   squared_norm = team.sum(squared_norm);
@@ -311,7 +285,8 @@ FASTMTL_HD void fill_weights(const Team& team, int num_tasks, double value, doub
 }  // namespace detail
 
 // weights [T] and the duality gap |x|^2 - min_t <g_t, x> >= 0 of x = sum_t w_t g_t (the same on every thread).
-// An exact zero gradient: the first such task alone. No task present: zeros. An entry that is not finite: NaN.
+// An exact zero gradient: the first such task alone. No task present: zeros. An entry that is not finite, or products
+// that overflow: NaN.
 template <class Team>
 FASTMTL_HD double min_norm_problem(const Team& team, const Problem& problem, double* scratch, double* weights) {
   const int num_tasks = problem.num_tasks;
@@ -324,8 +299,9 @@ FASTMTL_HD double min_norm_problem(const Team& team, const Problem& problem, dou
   int shortest = -1;
   for (int i = team.rank(); i < num_tasks; i += team.size()) {
     tab.state[i] = problem.present(i) ? detail::kOutside : detail::kAbsent;
-    if (problem.present(i) && problem.squared_norm(i) < smallest) {
-      smallest = std::fmax(problem.squared_norm(i), 0.0);
+    const double squared_norm = problem.present(i) ? std::fmax(problem.squared_norm(i), 0.0) : detail::kNever;
+    if (squared_norm < smallest) {
+      smallest = squared_norm;
       shortest = i;
     }
   }
@@ -351,14 +327,17 @@ FASTMTL_HD double min_norm_problem(const Team& team, const Problem& problem, dou
     if (attempt > 0) detail::rebuild(team, problem, tab);
     detail::search(team, tab, 4 * num_tasks + 20);
     const double gap = detail::solution(team, problem, tab);
-    const bool better = gap < best;
     const bool stalled = !(gap < 0.5 * best);
-    if (better) {
+    if (gap < best) {
       best = gap;
-      for (int i = team.rank(); i < num_tasks; i += team.size()) weights[i] = tab.u[i];
+      for (int i = team.rank(); i < num_tasks; i += team.size()) weights[i] = tab.weights[i];
       team.sync();
     }
     if (best <= detail::kGapGoal * smallest || stalled) break;
+  }
+  if (best == detail::kNever) {
+    best = std::nan("");
+    detail::fill_weights(team, num_tasks, best, weights);
   }
   return best;
 }

@@ -10,8 +10,8 @@
 //     m = T-1-n                             the last position that is not settled
 //     r = (u[n] * (m+1)) >> 32              64-bit product: uniform on 0..m up to (m+1) / 2^32
 //     swap order[m], order[r]
-// Task i visits order[0], order[1], ... The order is over all T tasks, whatever the mask: who is absent (or is i itself,
-// where a method leaves it out) is passed over. A shared order is that of i = 0 for all rows. T <= 65536.
+// Task i visits order[0], order[1], ... The order is over all T tasks, whatever the mask: who is absent (or is i
+// itself, where a method leaves it out) is passed over. A shared order is that of i = 0 for all rows. T <= 65536.
 #pragma once
 #include <cstdint>
 

@@ -23,19 +23,32 @@ struct Order {
   OrderKind kind;
   const int64_t* explicit_order;
   bool batched;
-  const int64_t* rng;     // [2]: seed, step; in the backend's memory; may be null for fixed and explicit orders
+  const int64_t* rng;  // [2]: seed, step; in the backend's memory; may be null for fixed and explicit orders
 };
 
 // argmin |sum_t w_t g_t|^2 on the simplex. gap [K]: |x|^2 - min_t (Mw)_t.
-struct MinNorm { double* weights; double* gap; };
+struct MinNorm {
+  double* weights;
+  double* gap;
+};
 
-struct PCGrad { Order order; bool include_self; bool mean; double* weights; };
+struct PCGrad {
+  Order order;
+  bool include_self;
+  bool mean;
+  double* weights;
+};
 
 // targets [K,T,T]: the target cosines before; new_targets: after. ema_first: targets move before they are compared.
 // ema_always: they move on every pair (paper), else only where a correction was made.
 struct GradVac {
-  Order order; double beta; bool ema_first; bool ema_always;
-  const double* targets; double* new_targets; double* weights;
+  Order order;
+  double beta;
+  bool ema_first;
+  bool ema_always;
+  const double* targets;
+  double* new_targets;
+  double* weights;
 };
 
 void min_norm_cpu(const Problems&, const MinNorm&);

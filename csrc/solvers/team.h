@@ -5,6 +5,7 @@
 //   team.sum(x), team.max(x)           over the team's threads, the same result on each
 //   team.argmax(value, index)          the index of the largest value, the smallest index among equals
 //   team.first(hit)                    the smallest rank whose hit is true, size() if there is none
+// All operations but rank, size and lanes order memory as sync() does.
 // On the host a team is one thread (below); on the device it is a warp or a block (cuda/solvers.cu). Loops are written
 //   for (int i = team.rank(); i < n; i += team.size())
 // and no thread may leave a solver, or skip a team operation, alone.

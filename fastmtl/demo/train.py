@@ -104,6 +104,18 @@ class ParameterLevel(Trainer):
         return fastmtl.backward(losses, self.method, shared_params=self.model.trunk).weights
 
 
+class LastLayerNorms(ParameterLevel):
+    """GradNorm, whose paper takes the norms over the last shared layer: T short backward passes and a whole one."""
+
+    def __init__(self, data: Dataset, settings: Settings) -> None:
+        super().__init__(fastmtl.GradNorm, data, settings)
+
+    def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """See `Trainer.backward`."""
+        losses, trunk = self.losses(inputs, labels), self.model.trunk
+        return fastmtl.backward(losses, self.method, shared_params=trunk, gramian_params=trunk[-2]).weights
+
+
 class FeatureLevel(Trainer):
     """A gradient method as a layer behind the trunk: one backward pass."""
 
@@ -116,7 +128,8 @@ class FeatureLevel(Trainer):
         features = self.surgery(self.model.trunk(inputs))
         losses = task_losses(self.model.heads(torch.stack(features)), labels)
         self.surgery.total(losses).backward()
-        return self.surgery.last_result.weights
+        assert self.surgery.result is not None  # of the backward pass just made
+        return self.surgery.result.weights
 
 
 class Uncertainty(Trainer):
@@ -175,12 +188,12 @@ class Entry:
 METHODS = {
     "sum": Entry("summed loss", Trainer),
     "uncertainty": Entry("UncertaintyWeighting", Uncertainty),
-    "gradnorm": Entry("GradNorm", partial(ParameterLevel, lambda: fastmtl.GradNorm())),
-    "pcgrad": Entry("PCGrad", partial(ParameterLevel, lambda: fastmtl.PCGrad())),
-    "gradvac": Entry("GradVac", partial(ParameterLevel, lambda: fastmtl.GradVac())),
-    "mgda": Entry("MGDA", partial(ParameterLevel, lambda: fastmtl.MGDA())),
-    "pcgrad-features": Entry("PCGrad, features", partial(FeatureLevel, lambda: fastmtl.PCGrad())),
-    "mgda-features": Entry("MGDA, features", partial(FeatureLevel, lambda: fastmtl.MGDA())),
+    "gradnorm": Entry("GradNorm", LastLayerNorms),
+    "pcgrad": Entry("PCGrad", partial(ParameterLevel, fastmtl.PCGrad)),
+    "gradvac": Entry("GradVac", partial(ParameterLevel, fastmtl.GradVac)),
+    "mgda": Entry("MGDA", partial(ParameterLevel, fastmtl.MGDA)),
+    "pcgrad-features": Entry("PCGrad, features", partial(FeatureLevel, fastmtl.PCGrad)),
+    "mgda-features": Entry("MGDA, features", partial(FeatureLevel, fastmtl.MGDA)),
     "single": Entry("one net per task", SingleTasks),
     "passes": Entry("T backwards, no surgery", PassesOnly),
     "pair-loop": Entry("PCGrad, pair loop", PairLoop),

@@ -1,0 +1,64 @@
+# make demo and make test do all the set-up themselves, in .venv.
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format info bench gpu cuda-check clean
+
+help: ## this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
+
+$(VENV)/torch: # torch comes first: the build needs it, and an index of the user's choice may serve it (PIP_INDEX_URL)
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) --upgrade pip
+	$(PIP) "$(TORCH)" numpy setuptools pybind11 ninja
+	@touch $@
+
+$(VENV)/fastmtl: $(VENV)/torch $(SOURCES)
+	$(PIP) --no-build-isolation --editable ".[demo]"
+	@touch $@
+
+$(VENV)/test: $(VENV)/fastmtl
+	$(PIP) --no-build-isolation --editable ".[demo,test]"
+	@touch $@
+
+$(VENV)/lint: $(VENV)/fastmtl
+	$(PIP) --no-build-isolation --editable ".[lint]"
+	@touch $@
+
+demo: $(VENV)/fastmtl ## train 25 tasks on customer reviews with every method: a table and plots in demo-output/
+	$(BIN)/python -m fastmtl demo $(ARGS)
+
+test: $(VENV)/test ## all tests that need no GPU
+	FASTMTL_REQUIRE_EXT=1 $(BIN)/python -m pytest $(ARGS)
+
+lint: $(VENV)/lint ## style, docstrings, types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h')
+
+format: $(VENV)/lint ## reformat everything
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h')
+
+info: $(VENV)/fastmtl ## what is installed, and what to do
+	$(BIN)/python -m fastmtl info
+
+bench: $(VENV)/test ## CPU benchmarks into benchmarks/results/
+	-$(PIP) torchjd==0.18.0
+	$(BIN)/python -m benchmarks
+
+cuda-check: ## compile the CUDA kernels for every architecture; spills are errors (needs nvcc)
+	$(PYTHON) tests/cuda_check.py --arch all
+
+gpu: ## on a machine with a GPU, torch and nvcc: build, GPU tests, sanitizer, benchmark (no registry needed)
+	$(PYTHON) benchmarks/gpu.py
+
+clean: ## remove what was built
+	rm -rf $(VENV) build dist fastmtl.egg-info fastmtl/_C*.so demo-output

@@ -1,0 +1,264 @@
+// The solvers on the device: PCGrad and GradVac against the papers' loops, min-norm by its optimality conditions.
+#include "../../csrc/cuda/cuda.h"
+#include "../../csrc/solvers/order.h"
+#include "check.h"
+#include "suites.h"
+
+namespace {
+
+using fastmtl::GradVac;
+using fastmtl::MinNorm;
+using fastmtl::Order;
+using fastmtl::OrderKind;
+using fastmtl::PCGrad;
+using fastmtl::Problems;
+using Matrix = std::vector<std::vector<double>>;
+
+// K Gramians of random gradients in `dimension` dimensions, many of them in conflict, and masks.
+struct RandomProblems {
+  RandomProblems(int64_t count, int num_tasks, int dimension, bool masked)
+      : t(num_tasks), gramian(count * t * t), mask(count * t) {
+    std::mt19937 random(num_tasks);
+    std::normal_distribution<double> normal;
+    for (int64_t k = 0; k < count; ++k) {
+      Matrix gradients(t, std::vector<double>(dimension));
+      for (int i = 0; i < t; ++i) {
+        for (double& x : gradients[i]) x = normal(random) * (1 + i % 3);
+        mask[k * t + i] = !masked || (i + k) % 4 != 1;
+      }
+      for (int i = 0; i < t; ++i) {
+        for (int j = 0; j < t; ++j) {
+          double sum = 0;
+          for (int d = 0; d < dimension; ++d) sum += gradients[i][d] * gradients[j][d];
+          // What belongs to an absent task may be anything.
+          at(k, i, j) = present(k, i) && present(k, j) ? sum : NAN;
+        }
+      }
+    }
+    problems = {count, num_tasks, gramian.get(), masked ? mask.get() : nullptr};
+  }
+  double& at(int64_t k, int i, int j) const { return gramian[(k * t + i) * t + j]; }
+  bool present(int64_t k, int i) const { return mask[k * t + i]; }
+
+  int64_t t;
+  check::Exact<double> gramian;
+  check::Exact<uint8_t> mask;
+  Problems problems;
+};
+
+// The ways to order, one after another.
+struct TestOrder {
+  TestOrder(int way, int64_t count, int num_tasks)
+      : given(count * num_tasks * num_tasks), rng(std::vector<int64_t>{(int64_t{1} << 40) + 7, 3}) {
+    std::mt19937 random(way);
+    for (int64_t row = 0; row < count * num_tasks; ++row) {
+      int64_t* order = given.get() + row * num_tasks;
+      for (int j = 0; j < num_tasks; ++j) order[j] = j;
+      std::shuffle(order, order + num_tasks, random);
+    }
+    const OrderKind kKinds[] = {OrderKind::random, OrderKind::fixed, OrderKind::shared};
+    const bool is_explicit = way % 5 >= 3;
+    order = {is_explicit ? OrderKind::random : kKinds[way % 5], is_explicit ? given.get() : nullptr, way % 5 == 4,
+             is_explicit || way % 5 == 1 ? nullptr : rng.get()};
+  }
+  std::vector<int> of(int64_t k, int row, int num_tasks) const {
+    std::vector<int32_t> scratch(fastmtl::order_scratch_words(num_tasks));
+    fastmtl::visiting_order(fastmtl::HostTeam(), order, k, row, num_tasks, scratch.data());
+    return {scratch.begin(), scratch.begin() + num_tasks};
+  }
+  check::Exact<int64_t> given;
+  check::Exact<int64_t> rng;
+  Order order;
+};
+
+double largest_difference(const check::Exact<double>& got, const std::vector<double>& expected) {
+  double worst = 0;
+  for (size_t i = 0; i < expected.size(); ++i) {
+    const double error = std::abs(got[i] - expected[i]) / std::max(1.0, std::abs(expected[i]));
+    if (!(error <= worst)) worst = error;
+  }
+  return worst;
+}
+
+int count_finite(const double* values, size_t size) {
+  int count = 0;
+  for (size_t i = 0; i < size; ++i) count += std::isfinite(values[i]);
+  return count;
+}
+
+// <sum_t c_t g_t, g_j>
+double product(const RandomProblems& data, int64_t k, const std::vector<double>& c, int j) {
+  double sum = 0;
+  for (int t = 0; t < data.t; ++t) sum += c[t] != 0 ? c[t] * data.at(k, t, j) : 0;
+  return sum;
+}
+
+std::vector<double> pcgrad_loop(const RandomProblems& data, const TestOrder& order, bool include_self, bool mean) {
+  const int t = data.t;
+  std::vector<double> weights(data.problems.count * t);
+  for (int64_t k = 0; k < data.problems.count; ++k) {
+    int num_present = 0;
+    for (int i = 0; i < t; ++i) num_present += data.present(k, i);
+    for (int i = 0; i < t; ++i) {
+      if (!data.present(k, i)) continue;
+      std::vector<double> c(t);
+      c[i] = 1;
+      for (int j : order.of(k, i, t)) {
+        if ((j == i && !include_self) || !data.present(k, j) || data.at(k, j, j) == 0) continue;
+        const double inner = product(data, k, c, j);
+        if (inner < 0) c[j] -= inner / data.at(k, j, j);
+      }
+      for (int j = 0; j < t; ++j) weights[k * t + j] += c[j] / (mean ? num_present : 1);
+    }
+  }
+  return weights;
+}
+
+struct VacResult {
+  std::vector<double> weights, targets;
+};
+
+VacResult gradvac_loop(const RandomProblems& data, const TestOrder& order, const GradVac& args) {
+  const int t = data.t;
+  VacResult result;
+  result.weights.resize(data.problems.count * t);
+  result.targets.assign(args.targets, args.targets + data.problems.count * t * t);
+  for (int64_t k = 0; k < data.problems.count; ++k) {
+    for (int i = 0; i < t; ++i) {
+      if (!data.present(k, i)) continue;
+      std::vector<double> c(t);
+      c[i] = 1;
+      for (int j : order.of(k, i, t)) {
+        if (j == i || !data.present(k, j)) continue;
+        double squared = 0;
+        for (int a = 0; a < t; ++a) squared += c[a] != 0 ? c[a] * product(data, k, c, a) : 0;
+        const double norm = std::sqrt(squared), norm_j = std::sqrt(data.at(k, j, j));
+        const double phi = product(data, k, c, j) / (norm * norm_j);
+        double& stored = result.targets[(k * t + i) * t + j];
+        const double moved = (1 - args.beta) * stored + args.beta * phi;
+        double target = stored;
+        if (args.ema_first && (args.ema_always || phi < stored)) target = moved;
+        const bool correct = phi < target;
+        if (args.ema_always || correct) stored = moved;
+        if (!correct) continue;
+        const double sine = std::sqrt(1 - phi * phi), target_sine = std::sqrt(1 - target * target);
+        c[j] += norm * (target * sine - phi * target_sine) / (norm_j * target_sine);
+      }
+      for (int j = 0; j < t; ++j) result.weights[k * t + j] += c[j];
+    }
+  }
+  return result;
+}
+
+void pcgrad_case(const RandomProblems& data, int way) {
+  ++check::num_cases;
+  const Problems& problems = data.problems;
+  const TestOrder order(way, problems.count, problems.num_tasks);
+  const bool include_self = way % 2, mean = way % 3 == 1;
+  const check::Exact<double> weights(problems.count * data.t);
+  const check::Exact<char> scratch(fastmtl::pcgrad_cuda_scratch(problems));
+  const std::string name = "pcgrad T=" + std::to_string(data.t) + " way " + std::to_string(way);
+  const PCGrad args = {order.order, include_self, mean, weights.get()};
+  check::succeeded(name, fastmtl::pcgrad_cuda(problems, args, scratch.get(), nullptr));
+  check::within(name, largest_difference(weights, pcgrad_loop(data, order, include_self, mean)), 1e-9);
+}
+
+void gradvac_case(const RandomProblems& data, int way, bool in_place) {
+  ++check::num_cases;
+  const Problems& problems = data.problems;
+  const size_t size = problems.count * data.t * data.t;
+  const TestOrder order(way, problems.count, problems.num_tasks);
+  check::Exact<double> targets(size), moved(size), weights(problems.count * data.t);
+  for (size_t i = 0; i < size; ++i) targets[i] = 0.4 * std::sin(1.0 + i);
+  const check::Exact<char> scratch(fastmtl::gradvac_cuda_scratch(problems));
+  const std::string name = "gradvac T=" + std::to_string(data.t) + " way " + std::to_string(way);
+  double* const new_targets = in_place ? targets.get() : moved.get();
+  const GradVac args = {order.order, 0.1, way % 2 == 0, way % 3 != 0, targets.get(), new_targets, weights.get()};
+  const VacResult expected = gradvac_loop(data, order, args);
+  check::succeeded(name, fastmtl::gradvac_cuda(problems, args, scratch.get(), nullptr));
+  check::within(name + " weights", largest_difference(weights, expected.weights), 1e-9);
+  check::within(name + " targets", largest_difference(in_place ? targets : moved, expected.targets), 1e-9);
+}
+
+void min_norm_case(const RandomProblems& data, double tolerance) {
+  ++check::num_cases;
+  const Problems& problems = data.problems;
+  const check::Exact<double> weights(problems.count * data.t), gap(problems.count);
+  const check::Exact<char> scratch(fastmtl::min_norm_cuda_scratch(problems));
+  const std::string name = "min_norm T=" + std::to_string(data.t);
+  const MinNorm args = {weights.get(), gap.get()};
+  check::succeeded(name, fastmtl::min_norm_cuda(problems, args, scratch.get(), nullptr));
+  for (int64_t k = 0; k < problems.count; ++k) {
+    const std::vector<double> w(weights.get() + k * data.t, weights.get() + (k + 1) * data.t);
+    double sum = 0, lowest = 0, squared = 0, smallest = INFINITY, scale = INFINITY;
+    for (int i = 0; i < data.t; ++i) {
+      sum += w[i];
+      lowest = w[i] >= lowest ? lowest : w[i];
+      if (!data.present(k, i)) {
+        check::within(name + " weight of an absent task", std::abs(w[i]), 0);
+        continue;
+      }
+      const double inner = product(data, k, w, i);
+      squared += w[i] * inner;
+      smallest = std::min(smallest, inner);
+      scale = std::min(scale, data.at(k, i, i));
+    }
+    if (scale == 0) scale = 1;
+    check::within(name + " sum", std::abs(sum - 1), 1e-12);
+    check::within(name + " negative weight", -lowest, 0);
+    check::within(name + " gap", (squared - smallest) / scale, tolerance);
+    check::within(name + " stated gap", std::abs(gap[k] - (squared - smallest)) / scale, tolerance);
+  }
+}
+
+}  // namespace
+
+void pcgrad() {
+  for (int t = 1; t <= 40; ++t) pcgrad_case(RandomProblems(2, t, t + 10, t % 2 == 0), t);
+  for (int way = 0; way < 6; ++way) pcgrad_case(RandomProblems(3, 33 + way, 80, way % 2 == 1), way);
+  pcgrad_case(RandomProblems(1, 72, 100, true), 3);
+
+  const RandomProblems data(2, 9, 20, true);
+  for (int j = 0; j < 9; ++j) data.at(0, 4, j) = data.at(0, j, 4) = data.present(0, j) ? 0 : NAN;
+  pcgrad_case(data, 1);  // a zero gradient
+  data.at(1, 3, 2) = INFINITY;
+  check::Exact<double> weights(2 * 9);
+  const check::Exact<char> scratch(fastmtl::pcgrad_cuda_scratch(data.problems));
+  const PCGrad args = {{OrderKind::fixed, nullptr, false, nullptr}, false, false, weights.get()};
+  check::succeeded("pcgrad", fastmtl::pcgrad_cuda(data.problems, args, scratch.get(), nullptr));
+  check::within("pcgrad: finite weights of a finite problem", 9 - count_finite(weights.get(), 9), 0);
+  check::within("pcgrad: finite weights although M is not", count_finite(weights.get() + 9, 9), 0);
+}
+
+void gradvac() {
+  for (int t = 1; t <= 40; ++t) gradvac_case(RandomProblems(2, t, t + 10, t % 2 == 0), t, t % 4 < 2);
+  for (int way = 0; way < 6; ++way) gradvac_case(RandomProblems(3, 33 + way, 80, way % 2 == 1), way, way < 3);
+
+  const RandomProblems data(1, 5, 20, false);
+  data.at(0, 3, 4) = NAN;
+  check::Exact<double> targets(25), moved(25), weights(5);
+  for (int i = 0; i < 25; ++i) targets[i] = 0.01 * i;
+  const check::Exact<char> scratch(fastmtl::gradvac_cuda_scratch(data.problems));
+  const Order order = {OrderKind::fixed, nullptr, false, nullptr};
+  const GradVac args = {order, 0.1, false, true, targets.get(), moved.get(), weights.get()};
+  check::succeeded("gradvac", fastmtl::gradvac_cuda(data.problems, args, scratch.get(), nullptr));
+  check::within("gradvac: finite weights although M is not", count_finite(weights.get(), 5), 0);
+  check::within("gradvac: targets that moved although M is not finite", memcmp(targets.get(), moved.get(), 200) != 0, 0);
+}
+
+void min_norm() {
+  for (int t = 1; t <= 40; ++t) min_norm_case(RandomProblems(2, t, t + 20, t % 2 == 0), 1e-9);
+  for (int t : {5, 20, 48}) min_norm_case(RandomProblems(2, t, 3, false), 1e-8);  // dependent gradients
+  min_norm_case(RandomProblems(1, 72, 100, true), 1e-9);
+  min_norm_case(RandomProblems(2, 110, 150, false), 1e-9);  // too large for shared memory
+
+  const RandomProblems data(2, 7, 20, false);
+  for (int j = 0; j < 7; ++j) data.at(0, 4, j) = data.at(0, j, 4) = 0;
+  data.at(1, 2, 2) = NAN;
+  const check::Exact<double> weights(2 * 7), gap(2);
+  const check::Exact<char> scratch(fastmtl::min_norm_cuda_scratch(data.problems));
+  const MinNorm args = {weights.get(), gap.get()};
+  check::succeeded("min_norm", fastmtl::min_norm_cuda(data.problems, args, scratch.get(), nullptr));
+  for (int i = 0; i < 7; ++i) check::within("min_norm: vertex of a zero gradient", std::abs(weights[i] - (i == 4)), 0);
+  check::within("min_norm: finite weights although M is not", count_finite(weights.get() + 7, 7), 0);
+}
