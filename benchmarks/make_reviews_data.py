@@ -108,7 +108,7 @@ def main() -> None:
     parser.add_argument("--target", type=Path, default=TARGET, help="file to write (default: %(default)s)")
     arguments = parser.parse_args()
     arrays = build(usable(read_parquet(arguments.source)))
-    np.savez_compressed(arguments.target, **arrays)
+    np.savez_compressed(arguments.target, allow_pickle=False, **arrays)
     print(f"{arguments.target}: {len(arrays['age']):,} reviews, {arguments.target.stat().st_size / 1e6:.2f} MB")
 
 

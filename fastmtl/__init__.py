@@ -36,5 +36,4 @@ __all__ = [
     "backward",
     "ops",
     "reference",
-
 ]

@@ -35,7 +35,9 @@ def info() -> int:
             ("CUDA kernels", f"for {build['cuda_archs']}" if build["cuda"] else "not built"),
         ]
         if not build["cuda"] and torch.version.cuda:
-            lines.append(("to do", "this torch has CUDA: reinstall fastmtl where nvcc is found (CUDA_HOME, FASTMTL_CUDA=1)"))
+            lines.append(
+                ("to do", "this torch has CUDA: reinstall fastmtl where nvcc is found (CUDA_HOME, FASTMTL_CUDA=1)")
+            )
     if torch.cuda.is_available():
         lines += [(f"GPU {i}", torch.cuda.get_device_name(i)) for i in range(torch.cuda.device_count())]
     for name, value in lines:

@@ -126,10 +126,8 @@ def backward(
 
     params = [*candidates.values(), *heads]
     tasks = passes.per_task(params)
-    if known is None:
-        shared = _discover(model, candidates, tasks)
-    else:
-        shared = list(range(len(candidates)))
+    _refuse_sparse(tasks, [*candidates])
+    shared = list(range(len(candidates))) if known is not None else _discover(model, candidates, tasks)
     names = [*candidates]
     indices, num_groups = resolve_groups(groups, {names[i]: params[i] for i in shared}, model)
     rows = Rows.by_task(_columns(tasks, shared), indices, num_groups)
@@ -224,6 +222,16 @@ def _accumulate_one(params: Sequence[Tensor], grads: Sequence[Tensor | None]) ->
     accumulate(params, rows, torch.ones(1, 1, dtype=torch.float64, device=rows.device))
 
 
+def _refuse_sparse(tasks: Sequence[Sequence[Tensor | None] | None], names: Sequence[str]) -> None:
+    for task in tasks:
+        for p, g in enumerate(task or ()):
+            if g is not None and g.is_sparse:
+                name = names[p] if p < len(names) else f"a parameter of shape {list(g.shape)} that is not shared"
+                raise TypeError(
+                    f"{name}: sparse gradients are not supported; construct the embedding with sparse=False"
+                )
+
+
 def _columns(
     tasks: Sequence[Sequence[Tensor | None] | None], params: Sequence[int] | range
 ) -> list[list[Tensor | None] | None]:
@@ -257,7 +265,9 @@ def _discover(
     present = [task for task in tasks if task is not None]
     shared = [p for p in range(len(candidates)) if sum(task[p] is not None for task in present) >= 2]
     if not shared:
-        raise ValueError("model: no parameter is reached by two tasks, so there is nothing to share; pass shared_params=")
+        raise ValueError(
+            "model: no parameter is reached by two tasks, so there is nothing to share; pass shared_params="
+        )
     if len(present) == len(tasks) and model is not None:
         names = [*candidates]
         _shared_of[model] = tuple(names[p] for p in shared)

@@ -111,7 +111,9 @@ class FeatureSurgery(nn.Module):
         if nonfinite == "drop_task" and scaler is not None:
             raise ValueError("nonfinite='drop_task' would hide overflows from the scaler")
         if not isinstance(method, LossWeighting) and method.scale_heads:
-            raise ValueError(f"{type(method).__name__}: a layer cannot scale the heads; construct it with scale_heads=False")
+            raise ValueError(
+                f"{type(method).__name__}: a layer cannot scale the heads; construct it with scale_heads=False"
+            )
         self.method = method
         self.num_tasks = num_tasks
         self.scaler = scaler
@@ -175,9 +177,7 @@ class FeatureSurgery(nn.Module):
         names = tuple(f"task {t}" for t in range(self.num_tasks))
         losses = Losses(names, self.losses.unbind(0)) if self._has_losses else None
         if losses is None and self.method.needs_losses:
-            raise ValueError(
-                f"{type(self.method).__name__} needs the losses: call surgery.total(losses).backward()"
-            )
+            raise ValueError(f"{type(self.method).__name__} needs the losses: call surgery.total(losses).backward()")
         raw = unscaled(gramian, scale_of(self.scaler, gramian.device))
         mask = None if self._all_present else self.present.unsqueeze(0)
         weights = decide(self.method, raw, mask, losses, names, self.nonfinite).weights

@@ -220,9 +220,15 @@ def _register() -> None:
 
     def combine_fake(rows: list, num_tasks: int, stacked: bool, groups: list | None, weights: Tensor) -> list:
         if stacked:
-            return [torch.empty_like(r[0]) for r in rows]
+            return [dense_like(r[0]) for r in rows]
         per_param = [rows[i : i + num_tasks] for i in range(0, len(rows), num_tasks)]
-        return [torch.empty_like(next(r for r in param if r is not None)) for param in per_param]
+        return [dense_like(next(r for r in param if r is not None)) for param in per_param]
+
+    def dense_like(row: Tensor) -> Tensor:
+        like = torch.empty_like(row)
+        if like.stride() == row.stride():
+            return like
+        return torch.empty_like(row, memory_format=torch.contiguous_format)  # rows with gaps are copied
 
     def nothing(*args: Any) -> None:
         return None
@@ -245,7 +251,7 @@ def _register() -> None:
         "gradvac": gradvac_fake,
     }
     for name, fake in fakes.items():
-        torch.library.register_fake(f"fastmtl::{name}", fake)
+        torch.library.register_fake(f"fastmtl::{name}", fake)  # type: ignore[arg-type]
         if name != "combine_":
             torch.library.register_autograd(f"fastmtl::{name}", _not_differentiable(name))
 

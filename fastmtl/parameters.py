@@ -55,9 +55,7 @@ def resolve_params(params: ParamsLike, model: nn.Module | None, argument: str) -
         elif isinstance(entry, str):
             _add_named(entry, model, argument, add, add_module)
         else:
-            raise TypeError(
-                f"{argument}[{i}]: expected a module, a parameter or a name, found {type(entry).__name__}"
-            )
+            raise TypeError(f"{argument}[{i}]: expected a module, a parameter or a name, found {type(entry).__name__}")
     if not found:
         raise ValueError(f"{argument}: no trainable parameter in it")
     return found
@@ -128,7 +126,7 @@ def find_leaves(roots: Iterable[Tensor]) -> tuple[list[Tensor], set[str]]:
         kind = type(node).__name__
         kinds.add(kind)
         if kind == "AccumulateGrad":
-            leaves.append(node.variable)
+            leaves.append(node.variable)  # type: ignore[attr-defined]
             continue
         for after, _ in node.next_functions:
             if after is not None and after not in seen:

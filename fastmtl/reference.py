@@ -39,7 +39,7 @@ def gram(grads: Gradients | Rows, groups: Sequence[int] | None = None) -> Tensor
     for p in rows.reached():
         g = _task_rows(rows, p)
         like = next(x for x in g if x is not None)
-        flat = torch.stack([torch.zeros_like(like) if x is None else x for x in g]).flatten(1).to(dtype)
+        flat = torch.stack([torch.zeros_like(like) if x is None else x for x in g]).reshape(len(g), -1).to(dtype)
         k = 0 if rows.groups is None else rows.groups[p]
         gramian[k] = gramian[k] + flat @ flat.T
     return torch.stack(gramian)
@@ -146,8 +146,7 @@ def gradvac(
                 entry = k, tasks[i], tasks[j]
                 old = moved[entry]
                 new = (1 - beta) * old + beta * cosine
-                ahead = ema_first and (ema_always or cosine < old)
-                target = min(new if ahead else old, 1 - 1e-6)  # nothing finite turns g' all the way to g_j
+                target = min(new if ema_first else old, 1 - 1e-6)  # nothing finite turns g' all the way to g_j
                 if cosine < target:
                     sine, target_sine = math.sqrt(1 - cosine**2), math.sqrt(1 - target**2)
                     c[j] += norm * (target * sine - cosine * target_sine) / (norms[j] * target_sine)
@@ -293,23 +292,25 @@ def _nearest_point(m: Floats) -> Floats:
         return start
     norms = np.sqrt(m.diagonal())
     cosines, d = m / norms[:, None] / norms, norms[shortest] / norms
+    eps = float(np.finfo(np.float64).eps)
     u, support = start, [shortest]
-    futile: set[int] = set()  # adding these brought no progress from the present point: rounding
+    tried: set[int] = set()  # who entered since the square last fell; not twice, so that rounding cannot make a cycle
     while True:
         products = cosines @ u
         squared = u @ products
         gain = d * squared - products  # > 0: a step towards that task shortens the point
-        gain -= 4 * np.finfo(float).eps * (np.abs(cosines) @ u)
-        gain[[*support, *futile]] = -np.inf
+        gain -= 4 * eps * (np.abs(cosines) @ u)
+        gain[[*support, *tried]] = -np.inf
         enters = int(gain.argmax())
         if gain[enters] <= 0 or squared <= 0:
             w: Floats = d * u / (d @ u)
             return w
         next_u, next_support = _minimize_on_support(cosines, d, u, [*support, enters])
-        if next_u @ (cosines @ next_u) < squared:
-            u, support, futile = next_u, next_support, set()
-        else:
-            futile.add(enters)
+        next_squared = next_u @ (cosines @ next_u)
+        tried = set() if next_squared < squared else tried | {enters}
+        # A much longer task changes the point by much more than the square can show.
+        if next_squared < squared or (enters in next_support and next_squared <= squared * (1 + 4 * eps)):
+            u, support = next_u, next_support
 
 
 def _minimize_on_support(cosines: Floats, d: Floats, u: Floats, support: list[int]) -> tuple[Floats, list[int]]:
@@ -330,18 +331,15 @@ def _minimize_on_support(cosines: Floats, d: Floats, u: Floats, support: list[in
 
 
 def _affine_minimum(cosines: Floats, d: Floats) -> Floats:
-    """``argmin u^T C u`` with ``d^T u = 1``, by its optimality system, refined once in extended precision."""
+    """``argmin u^T C u`` with ``d^T u = 1``, by its optimality system."""
     n, scale = len(d), d.max()
     system = np.zeros((n + 1, n + 1))
     system[:n, :n], system[:n, n], system[n, :n] = cosines, d / scale, d / scale
     right = np.zeros(n + 1)
     right[n] = 1
     try:
-        inverse = np.linalg.inv(system)
+        solution = np.linalg.solve(system, right)
     except np.linalg.LinAlgError:  # dependent tasks
-        inverse = np.linalg.pinv(system)
-    solution: Floats = inverse @ right
-    residual = right - system.astype(np.longdouble) @ solution
-    solution += inverse @ residual.astype(np.float64)
+        solution = np.linalg.lstsq(system, right, rcond=None)[0]
     minimum: Floats = solution[:n] / scale
     return minimum

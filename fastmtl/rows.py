@@ -173,9 +173,7 @@ class ThroughGrad:
         """One backward pass: the gradients of ``sum_i <cotangent_i, output_i>``, None where a parameter is unused."""
         if not self.params:
             return []
-        return torch.autograd.grad(
-            outputs, self.params, list(cotangents), retain_graph=retain_graph, allow_unused=True
-        )
+        return torch.autograd.grad(outputs, self.params, list(cotangents), retain_graph=retain_graph, allow_unused=True)
 
 
 class ThroughBackward:

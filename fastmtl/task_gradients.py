@@ -133,7 +133,8 @@ class TaskGradients:
         Args:
             method: A gradient method or a loss weighting. Those that scale heads need ``heads=`` at construction.
             losses: Raw loss values; None: those that `backward` has seen.
-            nonfinite: As for `fastmtl.backward`; ``"skip"`` and ``"drop_task"`` reach the heads only if they were given.
+            nonfinite: As for `fastmtl.backward`; ``"skip"`` and ``"drop_task"`` reach only heads
+                that were given.
             max_norm: As for `fastmtl.backward`.
 
         Returns:
@@ -211,5 +212,3 @@ def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
     return a + b
-
-

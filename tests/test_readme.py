@@ -31,10 +31,14 @@ def test_readme_values() -> None:
     torch.testing.assert_close(out.grads, torch.tensor([0.0, 1.0, 1.0]), atol=1e-6, rtol=0)
 
 
-MODULES = [m.name for m in pkgutil.walk_packages(fastmtl.__path__, "fastmtl.") if not m.name.endswith(("__main__", "._C"))]
+MODULES = [
+    m.name for m in pkgutil.walk_packages(fastmtl.__path__, "fastmtl.") if not m.name.endswith(("__main__", "._C"))
+]
 
 
 @pytest.mark.parametrize("name", MODULES)
 def test_docstrings(name: str) -> None:
-    results = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS)
+    results = doctest.testmod(
+        importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+    )
     assert results.failed == 0

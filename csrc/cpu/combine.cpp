@@ -12,10 +12,6 @@
 #include "dispatch.h"
 #include "partition.h"
 
-#if defined(__linux__)
-#include <unistd.h>
-#endif
-
 namespace fastmtl {
 namespace {
 
@@ -29,6 +25,10 @@ struct CombineCall {
   bool accumulate;
   bool stream;  // write past the caches; not together with accumulate
 };
+
+// Outputs above this size bypass the caches: a quarter of a common last-level cache, which the rows want too. Not asked
+// of the system, which in virtual machines reports that of the whole host.
+constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 using CombineKernel = void (*)(const CombineCall&);
 
@@ -47,15 +47,6 @@ CombineKernel combine_kernel(Scalar type) {
   if (capability() == Capability::avx2) return avx2::kCombineKernels[int(type)];
 #endif
   return portable::kCombineKernels[int(type)];
-}
-
-int64_t last_level_cache() {
-  long bytes = 0;
-#if defined(_SC_LEVEL3_CACHE_SIZE)
-  static const long level3 = sysconf(_SC_LEVEL3_CACHE_SIZE);
-  bytes = level3;
-#endif
-  return bytes > 0 ? bytes : int64_t{32} << 20;
 }
 
 // The rows of one parameter that take part, and their weights. Scratch memory of one worker.
@@ -89,7 +80,7 @@ void combine_cpu(const Rows& rows, const double* weights, void* const* out, bool
     bytes += rows.params[p].size * element_size(rows.params[p].type);
   }
   if (columns == 0) return;
-  const bool stream = !accumulate && bytes > last_level_cache() / 2;
+  const bool stream = !accumulate && bytes > kStreamBytes;
 
   // About half a million elements a job, and one where threads would cost more than they bring.
   const int64_t work = columns * (rows.num_tasks + 1);

@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <memory>
+#include <new>
 #include <vector>
 
 #include "cpu.h"
@@ -60,9 +61,22 @@ constexpr int kPanelRows = 100;             // from here on nothing is
 constexpr int64_t kSmallChunkBytes = 2048;  // of one row, as fp32 or fp64
 constexpr int64_t kLargeChunkBytes = 1024;
 
-struct alignas(64) CacheLine {
-  unsigned char bytes[64];
+// Uninitialized memory that begins at a cache line.
+template <class T>
+class CacheAligned {
+ public:
+  explicit CacheAligned(int64_t n) : data_(static_cast<T*>(::operator new(n * sizeof(T), std::align_val_t{64}))) {}
+  T* get() const { return data_.get(); }
+
+ private:
+  struct Free {
+    void operator()(T* p) const { ::operator delete(p, std::align_val_t{64}); }
+  };
+  std::unique_ptr<T, Free> data_;
 };
+
+// One line more than a chunk: room for a whole vector at its end, and the rows lie in different cache sets.
+constexpr int64_t panel_stride(int64_t chunk_bytes) { return chunk_bytes + 64; }
 
 int64_t sums_needed(const TileSet& set, int64_t num_rows) {
   const int64_t blocks = (num_rows + set.block - 1) / set.block;
@@ -75,9 +89,10 @@ class RangeGramian {
   RangeGramian(const GramKernels& kernels, int num_tasks)
       : kernels_(kernels),
         num_tasks_(num_tasks),
-        sums_(new double[std::max(sums_needed(kernels.small[0], std::min(num_tasks, kSmallRows)),
-                                  sums_needed(kernels.large[0], num_tasks))]),
-        panel_(new CacheLine[num_tasks * (kSmallChunkBytes / 64 + 1)]),
+        sums_(std::max(sums_needed(kernels.small[0], std::min(num_tasks, kSmallRows)),
+                       sums_needed(kernels.large[0], num_tasks))),
+        panel_(std::max(std::min(num_tasks, kSmallRows) * panel_stride(kSmallChunkBytes),
+                        num_tasks * panel_stride(kLargeChunkBytes))),
         rows_(3 * num_tasks) {
     tasks_.reserve(num_tasks);
     present_.reserve(num_tasks);
@@ -113,8 +128,7 @@ class RangeGramian {
   Scalar panel_type() const { return is_double_ ? Scalar::f64 : Scalar::f32; }
   int64_t panel_element() const { return element_size(panel_type()); }
   int64_t chunk_bytes() const { return is_small() ? kSmallChunkBytes : kLargeChunkBytes; }
-  // One line more than a chunk: room for a whole vector at its end, and the rows lie in different cache sets.
-  unsigned char* panel_row(int r) { return panel_[r * (chunk_bytes() / 64 + 1)].bytes; }
+  unsigned char* panel_row(int r) { return panel_.get() + r * panel_stride(chunk_bytes()); }
 
   // Begins sums over the rows `present_`.
   void start(bool is_double, double* out) {
@@ -172,11 +186,14 @@ class RangeGramian {
     const int num = num_rows(), block = set.block;
     const int64_t blocks = (num + block - 1) / block, tiles = blocks * (blocks + 1) / 2;
     const int64_t lines = is_small() ? 0 : (ahead_ + 63) / 64;  // few rows: the hardware does as well
-    int64_t tile = 0, fetched = 0, row = 0, line = 0;
+    const int64_t total = num * lines;
+    int64_t tile = 0, fetched = 0;
     auto fetch = [&] {
-      for (const int64_t stop = num * lines * ++tile / tiles; fetched < stop; ++fetched) {
-        __builtin_prefetch(static_cast<const unsigned char*>(rows_[row]) + ahead_offset + line * 64, 0, 2);
-        if (++line == lines) ++row, line = 0;
+      const int64_t share = total * ++tile / tiles;
+      while (fetched < share) {
+        const int64_t row = fetched / lines, stop = std::min(share, (row + 1) * lines);
+        const auto* line = static_cast<const unsigned char*>(rows_[row]) + ahead_offset + (fetched - row * lines) * 64;
+        for (; fetched < stop; ++fetched, line += 64) __builtin_prefetch(line, 0, 2);
       }
     };
     double* sums = sums_.get();
@@ -209,8 +226,8 @@ class RangeGramian {
 
   const GramKernels& kernels_;
   const int64_t num_tasks_;
-  std::unique_ptr<double[]> sums_;      // the tiles one after the other
-  std::unique_ptr<CacheLine[]> panel_;  // a row of one chunk for every task
+  CacheAligned<double> sums_;          // the tiles one after the other
+  CacheAligned<unsigned char> panel_;  // a row of one chunk for every task
   std::vector<const void*> rows_;       // scratch: pointers to the rows, and to the panel's rows
   std::vector<int> present_;            // scratch: the tasks that reach a parameter
 
@@ -232,8 +249,8 @@ std::vector<int64_t> order_by_group(const Rows& rows) {
   return order;
 }
 
-// One job where threads would cost more than they bring; else about half a million elements each (fewer if T is large
-// and they cost more), and so few that the partial sums stay small beside the rows.
+// One job where threads would cost more than they bring. Else about half a million elements each, but 16 chunks or more
+// (a job's first chunk is not prefetched), and so few that the partial sums stay small beside the rows.
 int64_t count_jobs(const Rows& rows) {
   int64_t columns = 0;
   for (int64_t p = 0; p < rows.num_params; ++p) columns += rows.params[p].size;
@@ -241,8 +258,8 @@ int64_t count_jobs(const Rows& rows) {
   const int64_t work = columns * tasks * std::max<int64_t>(tasks / 16, 1);
   if (work < (int64_t{2} << 20)) return 1;
   const int64_t matrices = std::min<int64_t>(16, (int64_t{4} << 20) / (tasks * tasks));
-  const int64_t affordable = std::max({columns / (32 * tasks), matrices, int64_t{1}});
-  return std::min({work >> 19, affordable, int64_t{256}});
+  const int64_t affordable = std::max({columns / (128 * tasks), matrices, int64_t{1}});
+  return std::min({work >> 19, std::max(columns >> 13, int64_t{4}), affordable, int64_t{256}});
 }
 
 }  // namespace

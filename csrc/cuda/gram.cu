@@ -101,6 +101,7 @@ struct Tile {
   static constexpr int kPack = kVector<Sum<Element>>;
   static constexpr int kDepth = 8192 / int(sizeof(Sum<Element>)) / kTile;  // columns at a time
   static constexpr int kStride = kDepth + kPack;                           // consecutive rows start 4 banks apart
+  static constexpr int kFactors = kTile < 64 ? 1 : 2;         // one tile is all of M: its second factor is the first
   static constexpr int kSide = kTile / 4;                     // a thread owns 4 x 4 entries of the tile, kSide apart
   static constexpr int kSlices = kThreads / (kSide * kSide);  // threads that share an entry split the columns
 };
@@ -113,12 +114,13 @@ __device__ __forceinline__ void load_tile(const Element* const (&rows)[kTile], i
   constexpr int kPack = kVector<Sum<Element>>, kLoads = Tile<Element, kTile>::kDepth / N;
   for (int i = threadIdx.x; i < kTile * kLoads; i += kThreads) {
     const int r = i / kLoads, c = i % kLoads * N;
-    const Element* const from = rows[r] + begin + c;
+    const Element* const row = rows[r];
+    const int64_t k = begin + c;
     auto x = Elements<Element, N>::zero();
-    if (rows[r] && begin + c + N <= end) {
-      x = Elements<Element, N>::load(from);
-    } else if (rows[r]) {
-      for (int n = 0; n < N && begin + c + n < end; ++n) x.x[n] = from[n];
+    if (row && k + N <= end) {
+      x = Elements<Element, N>::load(row + k);
+    } else if (row) {
+      for (int n = 0; n < N && k + n < end; ++n) x.x[n] = row[k + n];
     }
     if constexpr (N == 1) {
       tile[r][c] = widen(x.x[0]);
@@ -140,14 +142,14 @@ __global__ void __launch_bounds__(kThreads, sizeof(Sum<Element>) == 4 ? 2 : 1)
     gram_tiled_kernel(GRID_CONSTANT(Table) table, int64_t units_per_block, double* __restrict__ partials) {
   using Geometry = Tile<Element, kTile>;
   constexpr int kDepth = Geometry::kDepth, kSide = Geometry::kSide, kSlices = Geometry::kSlices;
-  constexpr int kPack = Geometry::kPack;
+  constexpr int kPack = Geometry::kPack, kFactors = Geometry::kFactors;
   using Pack = Elements<Sum<Element>, kPack>;
   const int num_tasks = table.num_tasks;
   int tile_row = 0, tile_column = blockIdx.y;
   while (tile_column > tile_row) tile_column -= ++tile_row;
 
-  SHARED(const Element*, rows, [2][kTile]);
-  SHARED(Sum<Element>, tiles, [2][kTile][Geometry::kStride]);
+  SHARED(const Element*, rows, [kFactors][kTile]);
+  SHARED(Sum<Element>, tiles, [kFactors][kTile][Geometry::kStride]);
   const int other = tile_row == tile_column ? 0 : 1;  // a tile on the diagonal is its own second factor
   const int slice = threadIdx.x / (kSide * kSide);
   const int y = threadIdx.x % (kSide * kSide) / kSide, x = threadIdx.x % kSide;
@@ -168,7 +170,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(Sum<Element>) == 4 ? 2 : 1)
   };
 
   for_each_run(table, blockIdx.x, units_per_block, [&](int p, int64_t begin, int64_t end) {
-    if (threadIdx.x < 2 * kTile) {
+    if (threadIdx.x < kFactors * kTile) {
       const int half = threadIdx.x / kTile, r = threadIdx.x % kTile;
       const int task = (half ? tile_column : tile_row) * kTile + r;
       rows[half][r] =

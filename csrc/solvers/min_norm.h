@@ -17,6 +17,8 @@
 //
 // Cost: T^2 / 2 multiply-adds per sweep, on a packed triangle of T (T+1) / 2 doubles.
 #pragma once
+#include <limits>
+
 #include "problem.h"
 
 namespace fastmtl {
@@ -30,13 +32,14 @@ constexpr int64_t min_norm_scratch(int num_tasks) {
 namespace detail {
 
 // Where a task is. `left`: outside, and has left since the objective last fell: it may not come back before it does.
-enum State : int32_t { kOutside, kInside, kLeft, kAbsent };
+// kDropped + n: outside, the n-th task to leave for the one that is entering.
+enum State : int32_t { kOutside, kInside, kLeft, kAbsent, kDropped };
 
-constexpr double kSmallestPivot = 1e-13;  // less is rounding noise: entries of A are at most 2
-constexpr double kSmallestExchange = 1e-6;
-constexpr double kGapGoal = 1e-10;  // of m
+constexpr double kSmallestPivot = 1e-13;    // less is rounding noise: entries of A are at most 2
+constexpr double kSmallestExchange = 1e-6;  // what a dependent task must move another one by, to replace it
+constexpr double kGapGoal = 1e-10;          // of m
 constexpr int kAttempts = 4;
-constexpr double kNever = 1e300;
+constexpr double kNever = std::numeric_limits<double>::infinity();
 
 struct Tableau {
   int num_tasks;
@@ -143,24 +146,48 @@ FASTMTL_HD int leaving(const Team& team, const Tableau& tab, double smallest, do
   return *growth < kNever ? team.argmax(-first, task) : -1;
 }
 
-// Brings task k into the support. False where it depends on the support and none can leave for it.
+// Brings the last n dropped tasks back, in reverse order.
 template <class Team>
-FASTMTL_HD bool enter(const Team& team, const Tableau& tab, int k, int* sweeps) {
+FASTMTL_HD void undo_drops(const Team& team, const Tableau& tab, int n) {
+  while (n-- > 0) {
+    int task = -1;
+    for (int i = team.rank(); i < tab.num_tasks; i += team.size()) {
+      if (tab.state[i] == kDropped + n) task = i;
+    }
+    const int j = team.argmax(task, task);
+    load_column(team, tab, j);
+    sweep(team, tab, j, kInside);
+  }
+}
+
+// Brings task k into the support and returns the number of sweeps. Where it depends on the support and none can leave
+// for it, the support stays as it was, and k counts as one that has left.
+template <class Team>
+FASTMTL_HD int enter(const Team& team, const Tableau& tab, int k) {
+  int dropped = 0;
   while (true) {
     load_column(team, tab, k);
     const double pivot = tab.column[k];
     const bool independent = pivot > kSmallestPivot;
     double growth;
     const int j = leaving(team, tab, independent ? 0.0 : kSmallestExchange, &growth);
-    if (independent && (j < 0 || tab.q[k] <= growth * pivot)) {
-      sweep(team, tab, k, kInside);
-      ++*sweeps;
-      return true;
+    const bool enters = independent && (j < 0 || tab.q[k] <= growth * pivot);
+    team.sync();  // everyone has read the column
+    if (!enters && j >= 0) {
+      load_column(team, tab, j);
+      sweep(team, tab, j, kDropped + dropped++);
+      continue;
     }
-    if (j < 0) return false;
-    load_column(team, tab, j);
-    sweep(team, tab, j, kLeft);
-    ++*sweeps;
+    if (enters) {
+      sweep(team, tab, k, kInside);
+    } else {
+      undo_drops(team, tab, dropped);
+    }
+    for (int i = team.rank(); i < tab.num_tasks; i += team.size()) {
+      if (tab.state[i] >= kDropped || (i == k && !enters)) tab.state[i] = kLeft;
+    }
+    team.sync();
+    return enters ? dropped + 1 : 2 * dropped;
   }
 }
 
@@ -182,12 +209,7 @@ FASTMTL_HD void search(const Team& team, const Tableau& tab, int limit) {
   while (sweeps < limit) {
     const int k = entering(team, tab);
     if (k < 0) return;
-    if (!enter(team, tab, k, &sweeps)) {
-      team.sync();
-      if (team.rank() == 0) tab.state[k] = kLeft;
-      team.sync();
-      continue;
-    }
+    sweeps += enter(team, tab, k);
     const double now = objective(team, tab);
     if (now > reached + 1e-14) {
       reached = now;

@@ -57,12 +57,12 @@ def parse(argv: Sequence[str], methods: Sequence[str]) -> argparse.Namespace:
         metavar="A,B",
         help=f"methods to compare with summed loss, out of {', '.join(methods)} (default: all)",
     )
-    parser.add_argument("--steps", type=positive, default=420, help="training steps of each method (%(default)s)")
+    parser.add_argument("--steps", type=positive, default=350, help="training steps of each method (%(default)s)")
     parser.add_argument("--seed", type=seed, default=0, help="of the split, the nets and the batches (%(default)s)")
     parser.add_argument("--threads", type=positive, default=None, help="threads of PyTorch (default: its own choice)")
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the plots (./%(default)s)")
     parser.add_argument("--data", type=Path, default=None, help="another file in the format of reviews.npz")
-    parser.add_argument("--quick", action="store_true", help="24 steps only: shows the course, no results")
+    parser.add_argument("--quick", action="store_true", help="16 steps only: shows the course, no results")
     return parser.parse_args(argv)
 
 
@@ -111,7 +111,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     settings = train.Settings(options.methods, options.steps, options.seed)
     if options.quick:
-        settings = train.Settings(options.methods, steps=24, seed=options.seed, probes=2, timed_turns=1)
+        settings = train.Settings(options.methods, steps=16, seed=options.seed, probes=2, timed_turns=1)
     print(
         f"{len(data.train.labels):,} clothing reviews to train on, {len(data.held_out.labels):,} held out, "
         f"{len(data.tasks)} tasks; {settings.steps} steps of {settings.batch} reviews by each method, "
@@ -123,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         from .plots import save_all
     except ImportError as error:
-        print(f"no plots: {error.name} is not installed (pip install matplotlib)")
+        print(f"no plots: matplotlib is not installed (pip install matplotlib; {error})")
     else:
         print("plots: " + ", ".join(str(path) for path in save_all(outcome, data, options.out)))
     return 0

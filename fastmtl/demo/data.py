@@ -78,7 +78,7 @@ class Dataset:
 def load_reviews(path: Path = REVIEWS) -> Reviews:
     """Reads and checks a reviews file. Raises DataError, with the cause in one line, if it is not sound."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             arrays = {name: file[name] for name in (*COLUMNS, "words", "delta", "departments", "classes")}
     except OSError as error:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
@@ -94,7 +94,8 @@ def load_reviews(path: Path = REVIEWS) -> Reviews:
     documents = [np.cumsum(part) for part in parts]
     if any(len(d) and (d[0] < 0 or d[-1] >= len(arrays["words"]) or (np.diff(d) <= 0).any()) for d in documents):
         raise DataError(f"{path} is not a sound reviews file: the words of a review must ascend within the vocabulary")
-    return Reviews(*(arrays[name].tolist() for name in ("words", "departments", "classes")), documents, columns)
+    words, departments, classes = (arrays[name].tolist() for name in ("words", "departments", "classes"))
+    return Reviews(words, departments, classes, documents, columns)
 
 
 def find_problem(arrays: dict[str, np.ndarray]) -> str | None:

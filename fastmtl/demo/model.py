@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-TRUNK_WIDTHS = (64, 32)
-SINGLE_WIDTH = 16
-
 
 class Heads(nn.Module):
-    """One linear head per task, all computed in one matrix product, so that the plain step is as fast as can be."""
+    """One linear head per task, all computed in one product, so that the plain step is as fast as can be."""
 
     def __init__(self, num_tasks: int, num_features: int) -> None:
         super().__init__()
@@ -21,67 +19,60 @@ class Heads(nn.Module):
         nn.init.uniform_(self.weight, -1 / math.sqrt(num_features), 1 / math.sqrt(num_features))
 
     def forward(self, features: Tensor) -> Tensor:
-        """Returns logits [T, B] from features [B, D] shared by all tasks, or [T, B, D] with each task's own."""
+        """Returns logits [B, T] from features [B, D] shared by all tasks, or [B, T, D]: each task has its own."""
         if features.ndim == 2:
-            return torch.addmm(self.bias[:, None], self.weight, features.t())
-        return torch.baddbmm(self.bias[:, None, None], features, self.weight[:, :, None]).squeeze(-1)
+            return nn.functional.linear(features, self.weight, self.bias)
+        return (features * self.weight).sum(dim=-1) + self.bias
 
 
-class MultiTaskNet(nn.Module):
-    """A trunk of two hidden layers, shared by the heads of all tasks."""
+class Net(nn.Module):
+    """A trunk, and the heads behind it."""
 
-    def __init__(self, num_inputs: int, num_tasks: int) -> None:
+    def __init__(self, trunk: nn.Sequential, heads: Heads) -> None:
         super().__init__()
-        layers: list[nn.Module] = []
-        for width in TRUNK_WIDTHS:
-            layers += [nn.Linear(num_inputs, width), nn.ReLU()]
-            num_inputs = width
-        self.trunk = nn.Sequential(*layers)
-        self.heads = Heads(num_tasks, num_inputs)
+        self.trunk = trunk
+        self.heads = heads
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Returns logits [T, B] from inputs [B, D]."""
+        """Returns logits [B, T] from inputs [B, D]."""
         logits: Tensor = self.heads(self.trunk(inputs))
         return logits
 
 
-class SingleTaskNets(nn.Module):
-    """One net with a hidden layer of its own per task, all side by side.
+def multi_task_net(num_inputs: int, num_tasks: int, widths: Sequence[int] = (64, 32)) -> Net:
+    """Returns a net whose hidden layers are shared by the heads of all tasks."""
+    layers: list[nn.Module] = []
+    for width in widths:
+        layers += [nn.Linear(num_inputs, width), nn.ReLU()]
+        num_inputs = width
+    return Net(nn.Sequential(*layers), Heads(num_tasks, num_inputs))
+
+
+def single_task_nets(num_inputs: int, num_tasks: int, width: int = 16) -> Net:
+    """Returns one net with a hidden layer of its own per task, all side by side.
 
     They share no parameter, and Adam treats each parameter by itself: training them by the sum of their losses is
     training each of them alone.
     """
-
-    def __init__(self, num_inputs: int, num_tasks: int) -> None:
-        super().__init__()
-        self.num_tasks = num_tasks
-        self.hidden = nn.Linear(num_inputs, num_tasks * SINGLE_WIDTH)
-        self.heads = Heads(num_tasks, SINGLE_WIDTH)
-
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Returns logits [T, B] from inputs [B, D]."""
-        hidden = torch.relu(self.hidden(inputs)).unflatten(1, (self.num_tasks, SINGLE_WIDTH)).transpose(0, 1)
-        logits: Tensor = self.heads(hidden)
-        return logits
+    hidden = nn.Linear(num_inputs, num_tasks * width)
+    return Net(nn.Sequential(hidden, nn.ReLU(), nn.Unflatten(1, (num_tasks, width))), Heads(num_tasks, width))
 
 
 def task_losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Returns each task's mean binary cross-entropy [T] from logits [T, B] and labels [B, T]."""
-    losses = nn.functional.binary_cross_entropy_with_logits(logits, labels.t(), reduction="none")
-    return losses.mean(dim=1)
+    """Returns each task's mean binary cross-entropy [T] from logits and labels [B, T]."""
+    return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=0)
 
 
 def auc(scores: Tensor, labels: Tensor) -> Tensor:
-    """Returns each task's area under the ROC curve [T], float64, from scores [T, N] and labels [N, T].
+    """Returns each task's area under the ROC curve [T], float64, from scores and labels [N, T].
 
     It is the share of (positive, negative) pairs that the score ranks rightly; a tie counts half.
     """
-    positive = labels.t() > 0.5
-    result = torch.empty(len(scores), dtype=torch.float64)
-    for task, score in enumerate(scores):
+    result = torch.empty(scores.shape[1], dtype=torch.float64)
+    for task, (score, label) in enumerate(zip(scores.t(), labels.t(), strict=True)):
         _, place, count = torch.unique(score, return_inverse=True, return_counts=True)
         mean_rank = (count.cumsum(0) - (count - 1) / 2).double()[place]
-        ours = positive[task]
-        pairs = ours.sum() * (~ours).sum()
-        result[task] = (mean_rank[ours].sum() - ours.sum() * (ours.sum() + 1) / 2) / pairs
+        positive = label > 0.5
+        size = positive.sum()
+        result[task] = (mean_rank[positive].sum() - size * (size + 1) / 2) / (size * (len(score) - size))
     return result

@@ -123,7 +123,9 @@ def losses(outcome: Outcome, data: Dataset) -> Figure:
             if record.losses:
                 curve = relative_losses(record.losses, data)[:, members(data.tasks, group)].mean(dim=1)
                 style = "--" if name == "single" else "-"
-                axes.plot(outcome.probe_steps, curve, style, color=COLORS[name], label=record.label, linewidth=1.8)
+                axes.plot(
+                    outcome.probe_steps, curve.numpy(), style, color=COLORS[name], label=record.label, linewidth=1.8
+                )
                 low = min(low, curve.min().item())
                 first = max(first, curve[1].item() if len(curve) > 1 else curve[0].item())
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
@@ -149,7 +151,7 @@ def cosines(outcome: Outcome, data: Dataset) -> Figure:
     bound = mean[~mean.isnan()].abs().quantile(0.98).item()
     figure = Figure(figsize=(11, 9.5), layout="constrained")
     axes = figure.subplots()
-    image = axes.imshow(mean, cmap="RdBu", vmin=-bound, vmax=bound)
+    image = axes.imshow(mean.numpy(), cmap="RdBu", vmin=-bound, vmax=bound)
     axes.set_xticks(range(len(names)), names, rotation=55, ha="right", rotation_mode="anchor", fontsize=9)
     axes.set_yticks(range(len(names)), names, fontsize=9)
     for position in range(1, len(names)):

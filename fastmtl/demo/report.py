@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import statistics
 import textwrap
 
 import torch
@@ -35,7 +34,7 @@ def table(outcome: Outcome, tasks: list[Task]) -> str:
         if record.auc is not None:
             cells = [f"{value:.3f}" for value in (*group_means(record.auc, tasks), record.auc.mean().item())]
         conflict = f"{record.conflict():.1%}" if record.cosines else "-"
-        weights = f"{statistics.fmean(record.weight_sums):.1f}" if record.trained else "-"
+        weights = f"{record.mean_weights().sum():.1f}" if record.trained else "-"
         cost = record.cost(outcome.records["sum"])
         line = f"{record.label:24}" + "".join(f"{cell or '-':>9}" for cell in cells)
         lines.append(line + f"  {1e3 * record.step_time():7.2f}{cost:9.2f} {conflict:>12}{weights:>9}")
@@ -52,7 +51,9 @@ def verdict(outcome: Outcome, tasks: list[Task]) -> list[str]:
     plain, others = outcome.records["sum"], [r for r in shared_records(outcome) if r.label != "summed loss"]
     if not others or plain.auc is None:
         return []
-    wins, level, losses = [], [], []
+    wins: list[str] = []
+    level: list[str] = []
+    losses: list[str] = []
     own = [*group_means(plain.auc, tasks), plain.auc.mean().item()]
     rows = [(r, [*group_means(r.auc, tasks), r.auc.mean().item()]) for r in others if r.auc is not None]
     for column, group in enumerate((*GROUPS, "the mean over all tasks")):
@@ -84,6 +85,12 @@ def quality_notes(outcome: Outcome, tasks: list[Task]) -> list[str]:
         lines.append(
             f"Without sharing (one net per task) {count} of {len(tasks)} tasks are better by more than {NEAR} "
             "than with summed loss: there sharing does harm."
+        )
+    if "mgda" in outcome.records:
+        share, most = outcome.records["mgda"].mean_weights().topk(3)
+        lines.append(
+            f"MGDA gave {share.sum():.0%} of its weight to {', '.join(tasks[task].name for task in most)}: it favours "
+            "the tasks with the smallest gradients, here those with the fewest positive reviews."
         )
     lines.append(
         "This is one seed, and the rare classes have few positive reviews: try other seeds (--seed) before believing a "

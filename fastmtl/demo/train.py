@@ -11,12 +11,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import fastmtl
 
 from .data import Dataset
-from .model import MultiTaskNet, SingleTaskNets, auc, task_losses
+from .model import Net, auc, multi_task_net, single_task_nets, task_losses
 from .pair_loop import pcgrad_by_pairs
 
 BLOCK = 8  # steps that one method makes before the next has its turn
@@ -55,9 +55,9 @@ class Trainer:
         self.optimizer = torch.optim.Adam(groups, lr=settings.lr)
         self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / settings.steps)
 
-    def make_model(self, num_inputs: int) -> nn.Module:
+    def make_model(self, num_inputs: int) -> Net:
         """Returns the net to train."""
-        return MultiTaskNet(num_inputs, self.num_tasks)
+        return multi_task_net(num_inputs, self.num_tasks)
 
     def method_parameters(self) -> list[dict[str, Any]]:
         """Returns parameter groups for the optimizer that belong to the method itself."""
@@ -86,15 +86,15 @@ class SingleTasks(Trainer):
 
     shared = False
 
-    def make_model(self, num_inputs: int) -> nn.Module:
+    def make_model(self, num_inputs: int) -> Net:
         """See `Trainer.make_model`."""
-        return SingleTaskNets(num_inputs, self.num_tasks)
+        return single_task_nets(num_inputs, self.num_tasks)
 
 
 class ParameterLevel(Trainer):
     """A gradient method on the T gradients of the trunk's parameters: T backward passes."""
 
-    def __init__(self, make_method: Callable[[], nn.Module], data: Dataset, settings: Settings) -> None:
+    def __init__(self, make_method: Callable[[], fastmtl.GradientMethod], data: Dataset, settings: Settings) -> None:
         super().__init__(data, settings)
         self.method = make_method()
 
@@ -113,20 +113,21 @@ class LastLayerNorms(ParameterLevel):
     def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """See `Trainer.backward`."""
         losses, trunk = self.losses(inputs, labels), self.model.trunk
-        return fastmtl.backward(losses, self.method, shared_params=trunk, gramian_params=trunk[-2]).weights
+        last_layer = trunk[-2]  # a ReLU comes after it
+        return fastmtl.backward(losses, self.method, shared_params=trunk, gramian_params=last_layer).weights
 
 
 class FeatureLevel(Trainer):
     """A gradient method as a layer behind the trunk: one backward pass."""
 
-    def __init__(self, make_method: Callable[[], nn.Module], data: Dataset, settings: Settings) -> None:
+    def __init__(self, make_method: Callable[[], fastmtl.GradientMethod], data: Dataset, settings: Settings) -> None:
         super().__init__(data, settings)
         self.surgery = fastmtl.FeatureSurgery(make_method(), num_tasks=self.num_tasks)
 
     def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """See `Trainer.backward`."""
         features = self.surgery(self.model.trunk(inputs))
-        losses = task_losses(self.model.heads(torch.stack(features)), labels)
+        losses = task_losses(self.model.heads(torch.stack(features, dim=1)), labels)
         self.surgery.total(losses).backward()
         assert self.surgery.result is not None  # of the backward pass just made
         return self.surgery.result.weights
@@ -208,7 +209,7 @@ class Record:
         label: the method's name in table and plots.
         trained: False for a method that was only timed.
         turns: per turn of its own the median time of a step in seconds.
-        weight_sums: per step the sum of the weights.
+        weights: per step the tasks' weights [T].
         cosines: per probe the cosines between the tasks' gradients of the trunk [T, T], NaN for a zero gradient.
         losses: per probe the held-out losses [T].
         auc: at the end, on the held-out rows [T].
@@ -217,7 +218,7 @@ class Record:
     label: str
     trained: bool
     turns: dict[int, float] = field(default_factory=dict)
-    weight_sums: list[float] = field(default_factory=list)
+    weights: list[Tensor] = field(default_factory=list)
     cosines: list[Tensor] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     auc: Tensor | None = None
@@ -229,6 +230,10 @@ class Record:
     def cost(self, plain: Record) -> float:
         """Returns the median over the turns of this method's step time over the plain step's in the same turn."""
         return statistics.median(time / plain.turns[turn] for turn, time in self.turns.items())
+
+    def mean_weights(self) -> Tensor:
+        """Returns the tasks' mean weights over all steps [T]."""
+        return torch.stack(self.weights).mean(dim=0)
 
     def conflict(self) -> float:
         """Returns the share of task pairs with a negative cosine, over all probes."""
@@ -322,7 +327,7 @@ def run(data: Dataset, settings: Settings, advance: Callable[[int], object] = la
                 begin = time.perf_counter()
                 weights = trainers[name].step(inputs, labels)
                 times.append(time.perf_counter() - begin)
-                records[name].weight_sums.append(float(weights.sum()))
+                records[name].weights.append(weights.double())
             records[name].turns[turn] = statistics.median(times[1:] or times)
             advance(len(block))
     look(settings.steps)

@@ -124,7 +124,9 @@ class GradientMethod(nn.Module):
         scale = m.diagonal(dim1=-2, dim2=-1).abs().sqrt()
         bound = 1e-5 * scale.unsqueeze(-1) * scale.unsqueeze(-2)
         if bool(((m - m.mT).abs() > bound).any()):
-            raise ValueError("gramian: expected a symmetric matrix of dot products; for a Jacobian use fastmtl.aggregate")
+            raise ValueError(
+                "gramian: expected a symmetric matrix of dot products; for a Jacobian use fastmtl.aggregate"
+            )
         present = None if mask is None else mask.to(m.device, torch.bool).expand(m.shape[:2]).contiguous()
         values = None
         if self.needs_losses:
@@ -202,7 +204,9 @@ class RandomOrderMethod(GradientMethod):
         elif order not in ("random", "fixed", "shared"):
             raise ValueError(f"order: expected 'random', 'fixed', 'shared' or a tensor, found {order!r}")
         self.order = order
-        seed = torch.randint(2**62, (), generator=generator, dtype=torch.int64, device=getattr(generator, "device", None))
+        seed = torch.randint(
+            2**62, (), generator=generator, dtype=torch.int64, device=getattr(generator, "device", None)
+        )
         self.register_buffer("rng", torch.stack([seed.cpu(), torch.zeros_like(seed, device="cpu")]))
 
     def draw(self, step: Step) -> tuple[Tensor | str, Tensor]:

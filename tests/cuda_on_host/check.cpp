@@ -3,17 +3,27 @@
 namespace check {
 
 int num_cases, num_failures;
+bool quick;
+
+namespace {
+
+void count_failure() {
+  ++num_failures;
+  if (quick) exit(1);
+}
+
+}  // namespace
 
 void within(const std::string& what, double error, double tolerance) {
   if (error <= tolerance) return;
   printf("FAILED %s: error %.3e > %.1e\n", what.c_str(), error, tolerance);
-  ++num_failures;
+  count_failure();
 }
 
 void succeeded(const std::string& what, int cuda_error) {
   if (cuda_error == 0) return;
   printf("FAILED %s: CUDA error %d\n", what.c_str(), cuda_error);
-  ++num_failures;
+  count_failure();
 }
 
 std::string Case::name() const {
@@ -26,6 +36,8 @@ std::string Case::name() const {
   for (size_t p = 0; p < sizes.size() && p < 4; ++p) text += std::to_string(sizes[p]) + ",";
   return text;
 }
+
+bool Case::skipped() const { return quick && types != std::vector{Scalar::f32}; }
 
 double load(const void* row, Scalar type, int64_t i) {
   switch (type) {

@@ -21,6 +21,7 @@ namespace check {
 using fastmtl::Scalar;
 
 extern int num_cases, num_failures;
+extern bool quick;  // only the cases of f32 rows, and only up to the first failure
 
 // Counts a failure unless error <= tolerance; a NaN is a failure.
 void within(const std::string& what, double error, double tolerance);
@@ -57,6 +58,7 @@ struct Case {
   double constant = 0;                        // all elements, if not 0
 
   std::string name() const;
+  bool skipped() const;
 };
 
 double load(const void* row, Scalar type, int64_t i);

@@ -21,9 +21,9 @@
 
 // Shared memory comes from the heap, exactly sized, one block of it per declaration and thread block, filled with 0xff
 // (NaN): the address sanitizer sees its bounds and the race checker knows it. ptx.h has the macros' device side.
-#define SHARED(type, name, ...)                                                                \
-  static char name##_key;                                                                      \
-  using name##_type = type __VA_ARGS__;                                                        \
+#define SHARED(type, name, ...)         \
+  static char name##_key;               \
+  using name##_type = type __VA_ARGS__; \
   name##_type& name = *static_cast<name##_type*>(cuda_on_host::shared(&name##_key, sizeof(name##_type)))
 #define DYNAMIC_SHARED(type, name) type* const name = static_cast<type*>(cuda_on_host::shared(nullptr, 0))
 #define GRID_CONSTANT(type) const type&
@@ -116,7 +116,8 @@ using std::max;
 using std::min;
 
 template <class... Parameters, class... Arguments>
-cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...), Arguments&&... arguments) {
+cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),
+                               Arguments&&... arguments) {
   std::tuple<Parameters...> bound(std::forward<Arguments>(arguments)...);  // converted once, as a real launch does
   return cuda_on_host::launch(config->gridDim, config->blockDim, config->dynamicSmemBytes,
                               [&] { std::apply(kernel, bound); });

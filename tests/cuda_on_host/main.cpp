@@ -1,4 +1,4 @@
-// main SUITE..: runs the suites named, or all.
+// main [--quick] SUITE..: runs the suites named, or all.
 #include <cstdio>
 #include <cstring>
 
@@ -10,13 +10,20 @@ int main(int argc, char** argv) {
     const char* name;
     void (*run)();
   } kSuites[] = {
-      {"gram_registers", gram_registers}, {"gram_tiled", gram_tiled}, {"gram_tables", gram_tables},
-      {"combine", combine},               {"min_norm", min_norm},     {"pcgrad", pcgrad},
+      {"gram_registers", gram_registers},
+      {"gram_tiled", gram_tiled},
+      {"gram_tables", gram_tables},
+      {"gram_long", gram_long},
+      {"combine", combine},
+      {"min_norm", min_norm},
+      {"pcgrad", pcgrad},
       {"gradvac", gradvac},
   };
+  check::quick = argc > 1 && strcmp(argv[1], "--quick") == 0;
+  const int first = check::quick ? 2 : 1;
   for (const auto& suite : kSuites) {
-    bool named = argc == 1;
-    for (int i = 1; i < argc; ++i) named |= strcmp(argv[i], suite.name) == 0;
+    bool named = argc == first;
+    for (int i = first; i < argc; ++i) named |= strcmp(argv[i], suite.name) == 0;
     if (named) suite.run();
   }
   printf("%d cases, %d failures\n", check::num_cases, check::num_failures);

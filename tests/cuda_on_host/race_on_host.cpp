@@ -117,10 +117,10 @@ void access(const void* address, size_t bytes, bool write, const void* pc) {
 // What GCC and clang call under -fsanitize=thread.
 extern "C" {
 #define PC __builtin_return_address(0)
-#define ACCESSES(bytes)                                                                \
-  void __tsan_read##bytes(void* p) { access(p, bytes, false, PC); }                    \
-  void __tsan_write##bytes(void* p) { access(p, bytes, true, PC); }                    \
-  void __tsan_unaligned_read##bytes(void* p) { access(p, bytes, false, PC); }          \
+#define ACCESSES(bytes)                                                       \
+  void __tsan_read##bytes(void* p) { access(p, bytes, false, PC); }           \
+  void __tsan_write##bytes(void* p) { access(p, bytes, true, PC); }           \
+  void __tsan_unaligned_read##bytes(void* p) { access(p, bytes, false, PC); } \
   void __tsan_unaligned_write##bytes(void* p) { access(p, bytes, true, PC); }
 ACCESSES(1)
 ACCESSES(2)

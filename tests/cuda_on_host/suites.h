@@ -4,6 +4,7 @@
 void gram_registers();
 void gram_tiled();
 void gram_tables();  // many parameters and groups, mixed types
+void gram_long();    // many terms per sum
 void combine();
 void min_norm();
 void pcgrad();

@@ -31,6 +31,7 @@ std::vector<double> reference(const check::RandomRows& data) {
 }
 
 void run(const Case& c, double tolerance = 0) {
+  if (c.skipped()) return;
   ++check::num_cases;
   const check::RandomRows data(c);
   const check::Exact<char> scratch(fastmtl::gram_cuda_scratch(data.rows));
@@ -66,11 +67,11 @@ void gram_registers() {
 void gram_tiled() {
   const Scalar kTypes[] = {Scalar::f32, Scalar::bf16, Scalar::f64, Scalar::f16};
   for (int t = 9; t <= 72; ++t) {
-    run({t, {131, 3, 64}, Layout(t % 3), t % 2 == 0, 1, {kTypes[t % 4]}});
+    run({t, {37, 3}, Layout(t % 3), t % 2 == 0, 1, {kTypes[t % 4]}});
   }
   for (Scalar type : kTypes) {
-    for (int t : {9, 16, 17, 33, 65}) {
-      run({t, {2048 + 77, 7}, Layout::stacked, false, 1, {type}});
+    for (int t : {9, 17, 33}) {
+      run({t, {t < 33 ? 2048 + 77 : 170, 7}, Layout::stacked, false, 1, {type}});
       run({t, {129}, Layout::misaligned, true, 1, {type}});
       run({t, {256, 31}, Layout::aligned, false, 1, {type}});
     }
@@ -81,16 +82,21 @@ void gram_tiled() {
 
 void gram_tables() {
   // More parameters than a table holds, more units than blocks, groups that share no block.
-  std::vector<int64_t> tiny(1100);
+  std::vector<int64_t> tiny(1300);
   for (size_t p = 0; p < tiny.size(); ++p) tiny[p] = p % 7 == 3 ? 0 : 1 + p % 5;
   run({2, tiny, Layout::misaligned, true, 3, {Scalar::f32, Scalar::bf16, Scalar::f32, Scalar::f64}});
-  run({3, tiny, Layout::aligned, false, 1});
+  run({3, tiny, Layout::aligned, false, 4});
   run({1, {1, 2, 3}, Layout::aligned, false, 2100});  // most groups have no parameter
-  run({320, {9, 2, 3, 1, 4, 1, 2, 2, 0, 1, 3, 2}, Layout::aligned, true});
+  run({200, {9, 2, 3, 1, 4, 1, 2, 2, 0, 1, 3, 2, 5, 1, 2, 3}, Layout::aligned, true});
   run({12, {100, 3000, 17}, Layout::misaligned, false, 3, {Scalar::f16, Scalar::f64, Scalar::f32}});
   run({4, {}, Layout::aligned, false, 2});  // no parameter: zeros
   run({4, {0, 0}, Layout::aligned, false, 1});
-  // Long sums of equal terms: what is lost in fp32 is bounded by the number of terms per lane.
+}
+
+void gram_long() {
+  // Sums of equal terms, whose rounding errors add up: what is lost is bounded by the number of terms per lane. Says
+  // most where a build has few blocks.
+  run({40, {20000}, Layout::aligned, false, 1, {Scalar::f32}, 0.1f}, 3e-5);
   run({9, {60000}, Layout::aligned, false, 1, {Scalar::f32}, 0.1f}, 3e-5);
   run({2, {200000}, Layout::aligned, false, 1, {Scalar::f32}, 0.1f}, 3e-5);
 }

@@ -243,7 +243,8 @@ void gradvac() {
   const GradVac args = {order, 0.1, false, true, targets.get(), moved.get(), weights.get()};
   check::succeeded("gradvac", fastmtl::gradvac_cuda(data.problems, args, scratch.get(), nullptr));
   check::within("gradvac: finite weights although M is not", count_finite(weights.get(), 5), 0);
-  check::within("gradvac: targets that moved although M is not finite", memcmp(targets.get(), moved.get(), 200) != 0, 0);
+  check::within("gradvac: targets that moved although M is not finite", memcmp(targets.get(), moved.get(), 200) != 0,
+                0);
 }
 
 void min_norm() {

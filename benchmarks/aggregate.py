@@ -1,0 +1,64 @@
+"""How much faster is surgery on ready gradients than TorchJD 0.18, and than the popular loop over pairs of tasks?
+
+All get the same ``[T, P]`` matrix of random gradients (about half of the pairs conflict). Ratios are to fastmtl. The
+error is that of the combined gradient, relative to its norm, with the same visiting orders in fp64; for MGDA it is the
+duality gap over the smallest squared gradient norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import fastmtl
+from benchmarks import oracle
+from benchmarks.harness import Report, check, main
+from benchmarks.peers import lean_pair_loop, pair_loop, seeded_orders, torchjd
+
+SIZES = [(8, 4_000_000), (40, 1_000_000)]
+BETA = 0.01  # of GradVac
+
+
+def run(report: Report) -> None:
+    for size in SIZES:
+        rows = torch.randn(size)
+        gramian = oracle.gramian(rows)
+        for name in ("PCGrad", "GradVac", "MGDA"):
+            _measure(report, name, rows, gramian)
+
+
+def _measure(report: Report, name: str, rows: Tensor, gramian: Tensor) -> None:
+    num_tasks = len(rows)
+    options = {"beta": BETA} if name == "GradVac" else {}
+    method = getattr(fastmtl, name)(**options)
+    providers: dict[str, Callable[[], Any]] = {"fastmtl": lambda: fastmtl.aggregate(rows, method).grads}
+    if torchjd is not None:
+        theirs = getattr(torchjd, name)(**options)
+        providers["TorchJD"] = lambda: theirs(rows)
+    errors = {}
+    if name == "MGDA":
+        errors["fastmtl"] = check(name, oracle.duality_gap(gramian, fastmtl.aggregate(rows, method).weights), 1e-5)
+        if torchjd is not None:
+            errors["TorchJD"] = oracle.duality_gap(gramian, theirs.weighting(rows))
+    else:
+        if name == "PCGrad":
+            flat = list(rows.unbind(0))
+            providers["loop over pairs, lean"] = lambda: lean_pair_loop(flat)
+            providers["loop over pairs"] = lambda: pair_loop(flat)
+        # GradVac's first step is PCGrad's.
+        orders = seeded_orders(num_tasks, others_only=name == "GradVac")
+        expected = oracle.combination(oracle.pcgrad_weights(gramian, orders), rows)
+        ordered = getattr(fastmtl, name)(order=orders, **options)
+        found = fastmtl.aggregate(rows, ordered).grads
+        errors["fastmtl"] = check(name, oracle.vector_error(found, expected), 1e-5)
+        for other in [p for p in providers if p != "fastmtl"]:
+            torch.manual_seed(0)
+            errors[other] = check(other, oracle.vector_error(providers[other](), expected), 1e-2)
+    report.measure("aggregate", name, (num_tasks, rows.shape[1]), providers, "fastmtl", errors)
+
+
+if __name__ == "__main__":
+    main(run, threads=2, rounds=9)

@@ -1,0 +1,51 @@
+"""fp64 answers on the inputs that are timed: straight from the definitions, nothing of fastmtl in here."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+BLOCK = 1 << 18  # columns widened at a time
+
+
+def gramian(rows: Tensor) -> Tensor:
+    """``rows @ rows.T`` in float64, for rows ``[T, P]``."""
+    total = torch.zeros(rows.shape[0], rows.shape[0], dtype=torch.float64)
+    for block in rows.split(BLOCK, dim=1):
+        wide = block.double()
+        total += wide @ wide.T
+    return total
+
+
+def combination(weights: Tensor, rows: Tensor) -> Tensor:
+    """``weights @ rows`` in float64, ``[P]``."""
+    return torch.cat([weights.double() @ block.double() for block in rows.split(BLOCK, dim=1)])
+
+
+def gramian_error(found: Tensor, expected: Tensor) -> float:
+    """Largest error of an entry over the product of the two norms."""
+    norms = expected.diagonal().sqrt()
+    return float(((found.double() - expected).abs() / (norms[:, None] * norms)).max())
+
+
+def vector_error(found: Tensor, expected: Tensor) -> float:
+    """Norm of the error over the norm of what is expected."""
+    return float((found.double() - expected).norm() / expected.norm())
+
+
+def pcgrad_weights(m: Tensor, orders: Tensor) -> Tensor:
+    """PCGrad (Yu et al. 2020, Algorithm 1) on a Gramian; row i of ``orders`` is whom task i meets, itself skipped."""
+    coefficients = torch.eye(len(m), dtype=torch.float64)
+    for i, c in enumerate(coefficients):
+        for j in orders[i].tolist():
+            product = float(m[j] @ c)
+            if j != i and product < 0:
+                c[j] -= product / float(m[j, j])
+    return coefficients.sum(0)
+
+
+def duality_gap(m: Tensor, weights: Tensor) -> float:
+    """How far convex weights are from the min-norm point, relative to the smallest squared norm of a gradient."""
+    w = weights.double()
+    v = m @ w
+    return float((w @ v - v.min()) / m.diagonal().min())

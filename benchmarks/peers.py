@@ -1,0 +1,57 @@
+"""What others do, for comparison: TorchJD, where it is installed, and the popular loop over pairs of tasks."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+torchjd: ModuleType | None = None
+try:
+    torchjd = importlib.import_module("torchjd.aggregation")
+except ImportError:
+    print("torchjd is not installed: no comparison with it (pip install torchjd==0.18.0)")
+
+
+def pair_loop(grads: list[Tensor]) -> Tensor:
+    """PCGrad as commonly written, on gradients that are flat already: two passes and a host sync per pair."""
+    projected = [g.clone() for g in grads]
+    for i, g_i in enumerate(projected):
+        for j in torch.randperm(len(grads)).tolist():
+            if j == i:
+                continue
+            g_j = grads[j]
+            product = torch.dot(g_i, g_j)
+            if product.item() < 0:
+                g_i -= product * g_j / g_j.norm() ** 2
+    return torch.stack(projected).sum(0)
+
+
+def lean_pair_loop(grads: list[Tensor]) -> Tensor:
+    """The same loop with what can be saved inside of it: squared norms once, no temporaries, an in-place sum."""
+    squares = [float(torch.dot(g, g)) for g in grads]
+    total = torch.zeros_like(grads[0])
+    for i, g in enumerate(grads):
+        g_i = g.clone()
+        for j in torch.randperm(len(grads)).tolist():
+            if j == i:
+                continue
+            product = torch.dot(g_i, grads[j]).item()
+            if product < 0:
+                g_i.sub_(grads[j], alpha=product / squares[j])
+        total += g_i
+    return total
+
+
+def seeded_orders(num_tasks: int, others_only: bool = False) -> Tensor:
+    """The orders that ``torch.manual_seed(0)`` makes the loops above draw, and TorchJD (GradVac: of the others)."""
+    torch.manual_seed(0)
+    if not others_only:
+        return torch.stack([torch.randperm(num_tasks) for _ in range(num_tasks)])
+    rows = []
+    for i in range(num_tasks):
+        others = torch.tensor([j for j in range(num_tasks) if j != i])
+        rows.append(torch.cat([others[torch.randperm(num_tasks - 1)], torch.tensor([i])]))
+    return torch.stack(rows)

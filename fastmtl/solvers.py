@@ -1,0 +1,274 @@
+"""The T x T solvers on NumPy arrays, without torch: what the gradient methods compute from a Gramian.
+
+A Gramian here is any stack ``[..., T, T]`` of symmetric matrices of inner products ``<g_i, g_j>``. The solvers are the
+compiled ones that `fastmtl.ops` runs on CPU tensors; the problems of a stack are solved in parallel, without the GIL.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from fastmtl import _extension
+
+if _extension.module is None:
+    raise ImportError(
+        f"fastmtl.solvers needs the compiled extension ({_extension.missing_because}). Cure: {_extension.CURE}"
+    )
+_C = _extension.module
+
+__all__ = ["gradvac", "min_norm", "pcgrad", "visiting_order"]
+
+Floats = NDArray[np.float64]
+Ints = NDArray[np.int64]
+
+_ORDERS = {"random": 0, "fixed": 1, "shared": 2}
+
+
+def min_norm(gramian: ArrayLike, mask: ArrayLike | None = None) -> tuple[Floats, Floats]:
+    """Find the point of smallest norm in the convex hull of the gradients, exactly.
+
+    Minimises ``w^T M w`` over ``w >= 0``, ``sum(w) = 1``: the weights of MGDA.
+
+    Args:
+        gramian: ``[..., T, T]``, symmetric.
+        mask: bool ``[..., T]``: which tasks take part; None: all. Entries of the others are not used, and may be NaN.
+
+    Returns:
+        Weights ``[..., T]``, and the duality gap ``[...]``: ``|x|^2 - min_t <g_t, x>`` for ``x = sum_t w_t g_t``, which
+        bounds from above how far ``|x|^2`` is from the optimum; at most 1e-9 of the smallest squared norm where the
+        Gramian has full rank and the norms are within a factor 1e5. A task with zero gradient takes all the weight.
+        An absent task has weight 0; with no task present, all weights and the gap are 0. Where an entry that takes
+        part is not finite, all are NaN.
+
+    Raises:
+        TypeError: ``gramian`` or ``mask`` is not of real numbers or bool.
+        ValueError: A shape does not fit, or ``gramian`` is not symmetric; the message shows what was found.
+
+    Note:
+        Cost: 1 to 2 pivots per task of the solution, each T^2 / 2 multiply-adds.
+
+    Reference:
+        Désidéri: Multiple-gradient descent algorithm. 2012. The solver is a primal active-set method of our own
+        (csrc/solvers/min_norm.h), not the Frank-Wolfe iteration of Sener and Koltun, NeurIPS 2018.
+
+    Example:
+        >>> w, gap = min_norm(np.diag([1.0, 4.0, 9.0]))
+        >>> w.round(4)
+        array([0.7347, 0.1837, 0.0816])
+        >>> bool(gap < 1e-12)
+        True
+    """
+    m, present, batch = _problems(gramian, mask)
+    weights, gap = _C.min_norm(m, present)
+    return weights.reshape(*batch, m.shape[-1]), gap.reshape(batch)
+
+
+def pcgrad(
+    gramian: ArrayLike,
+    order: str | ArrayLike | None = None,
+    seed: int = 0,
+    step: int = 0,
+    mask: ArrayLike | None = None,
+    include_self: bool = False,
+    reduction: str = "sum",
+) -> Floats:
+    """Weights of PCGrad: every gradient, freed of its conflicts with the others, summed.
+
+    Args:
+        gramian: ``[..., T, T]``, symmetric.
+        order: In which order each task meets the others: ``"random"`` (also None), ``"shared"`` (one random order for
+            all tasks), ``"fixed"`` (0, 1, ..), or int ``[T, T]`` or ``[..., T, T]`` whose row i is task i's permutation
+            of 0..T-1.
+        seed: Of the random orders.
+        step: Also of the random orders: a new value gives new ones. The same (seed, step) gives the same orders as on
+            every device of `fastmtl.ops`.
+        mask: bool ``[..., T]``: which tasks take part; None: all. Entries of the others are not used.
+        include_self: Let each task also meet itself in its order, as most public ports do: it matters where a projected
+            gradient has turned against its own original.
+        reduction: ``"sum"`` (paper) or ``"mean"`` over the tasks that take part.
+
+    Returns:
+        Weights ``[..., T]``; 0 for absent tasks; all NaN where an entry that takes part is not finite.
+
+    Raises:
+        TypeError: An array is not of real numbers, bool or integers, as described.
+        ValueError: A shape does not fit, ``gramian`` is not symmetric, a row of ``order`` is no permutation, or an
+            option is unknown; the message shows what was found.
+
+    Note:
+        Cost: at most T^3 multiply-adds. Deterministic for given (seed, step) or order.
+
+    Reference:
+        Yu et al.: Gradient Surgery for Multi-Task Learning. NeurIPS 2020, Algorithm 1.
+
+    Example:
+        >>> J = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+        >>> pcgrad(J @ J.T).round(4)
+        array([2.2222, 1.5789])
+    """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction: expected 'sum' or 'mean', found {reduction!r}")
+    m, present, batch = _problems(gramian, mask)
+    kind, explicit = _order(order, batch, m.shape[-1])
+    seed, step = _int64("seed", seed), _int64("step", step)
+    weights: Floats = _C.pcgrad(m, present, kind, explicit, seed, step, include_self, reduction == "mean")
+    return weights.reshape(*batch, m.shape[-1])
+
+
+def gradvac(
+    gramian: ArrayLike,
+    targets: ArrayLike | None = None,
+    beta: float = 0.01,
+    order: str | ArrayLike | None = None,
+    seed: int = 0,
+    step: int = 0,
+    mask: ArrayLike | None = None,
+    ema_first: bool = False,
+    ema_always: bool = True,
+) -> tuple[Floats, Floats]:
+    """Weights of GradVac: every gradient, turned to a target cosine with each of the others, summed.
+
+    Args:
+        gramian: ``[..., T, T]``, symmetric.
+        targets: Target cosines ``[..., T, T]``: row i holds those of task i's gradient against the others'. None:
+            zeros, as on the paper's first step, which equals PCGrad.
+        beta: Rate of the targets' moving average, 0 to 1.
+        order: As for `pcgrad`.
+        seed: As for `pcgrad`.
+        step: As for `pcgrad`.
+        mask: bool ``[..., T]``: which tasks take part; None: all. Targets of the others stay as they are.
+        ema_first: Move the targets before they are compared with; the paper moves them after.
+        ema_always: Move them on every pair (paper); False: only where a correction is made.
+
+    Returns:
+        Weights ``[..., T]``, and the targets ``[..., T, T]`` after the step. Where an entry of the Gramian that takes
+        part is not finite, the weights are NaN and the targets as they were.
+
+    Raises:
+        TypeError: As for `pcgrad`.
+        ValueError: As for `pcgrad`, or ``beta`` is outside of 0 to 1.
+
+    Note:
+        Cost: at most T^3 multiply-adds, and T^2 cosines. Deterministic for given (seed, step) or order.
+
+    Reference:
+        Wang, Tsvetkov, Firat, Cao: Gradient Vaccine. ICLR 2021, Algorithm 1 and equation 3. Where the paper's formula
+        has no value we differ: targets count as at most 1 - 1e-6, and a gradient of zero norm, or one that its
+        corrections have shrunk to less than 1e-6 of what they added up, is passed over and moves no target.
+
+    Example:
+        >>> J = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+        >>> weights, targets = gradvac(J @ J.T)
+        >>> weights.round(4)
+        array([2.2222, 1.5789])
+        >>> targets.round(4)
+        array([[ 0.    , -0.0084],
+               [-0.0084,  0.    ]])
+    """
+    if not 0 <= beta <= 1:
+        raise ValueError(f"beta: expected 0 to 1, found {beta}")
+    m, present, batch = _problems(gramian, mask)
+    kind, explicit = _order(order, batch, m.shape[-1])
+    before = np.zeros_like(m) if targets is None else _real("targets", targets)
+    if targets is not None and before.shape != (*batch, *m.shape[-2:]):
+        raise ValueError(f"targets: expected shape {[*batch, *m.shape[-2:]]}, found {list(before.shape)}")
+    seed, step = _int64("seed", seed), _int64("step", step)
+    weights, after = _C.gradvac(
+        m, before.reshape(m.shape), present, kind, explicit, seed, step, beta, ema_first, ema_always
+    )
+    return weights.reshape(*batch, m.shape[-1]), after.reshape(*batch, *m.shape[-2:])
+
+
+def visiting_order(num_tasks: int, seed: int = 0, step: int = 0, problem: int = 0) -> Ints:
+    """The random orders in which the tasks meet each other.
+
+    Args:
+        num_tasks: T, at most 65,536.
+        seed: As given to `pcgrad`.
+        step: As given to `pcgrad`.
+        problem: Index of the problem in its stack (of the parameter group).
+
+    Returns:
+        ``[T, T]`` int64: row i is task i's permutation of 0..T-1.
+
+    Raises:
+        ValueError: ``num_tasks`` is out of range, or another argument is no 64-bit integer.
+
+    Reference:
+        Fisher-Yates shuffles of Philox words, specified in csrc/solvers/order.h.
+
+    Example:
+        >>> visiting_order(4, seed=1, step=2).shape
+        (4, 4)
+    """
+    if not 0 <= num_tasks <= 65536:
+        raise ValueError(f"num_tasks: expected 0 to 65536, found {num_tasks}")
+    orders: Ints = _C.visiting_order(num_tasks, _int64("seed", seed), _int64("step", step), _int64("problem", problem))
+    return orders
+
+
+def _real(name: str, values: ArrayLike) -> Floats:
+    array = np.asarray(values)
+    if array.dtype.kind not in "fiu":
+        raise TypeError(f"{name}: expected an array of real numbers, found dtype {array.dtype}")
+    return array.astype(np.float64)
+
+
+def _problems(gramian: ArrayLike, mask: ArrayLike | None) -> tuple[Floats, Any, tuple[int, ...]]:
+    """The Gramians ``[K, T, T]``, the mask ``[K, T]`` or None, and the shape of the stack; validated."""
+    m = _real("gramian", gramian)
+    if m.ndim < 2 or m.shape[-1] != m.shape[-2]:
+        raise ValueError(f"gramian: expected shape [..., T, T], found {list(m.shape)}")
+    batch, num_tasks = m.shape[:-2], m.shape[-1]
+    count = int(np.prod(batch, dtype=np.int64))
+    m = m.reshape(count, num_tasks, num_tasks)
+    present = None
+    if mask is not None:
+        given = np.asarray(mask)
+        if given.dtype != np.bool_:
+            raise TypeError(f"mask: expected an array of bool, found dtype {given.dtype}")
+        if given.shape != (*batch, num_tasks):
+            raise ValueError(f"mask: expected shape {[*batch, num_tasks]}, found {list(given.shape)}")
+        present = given.reshape(count, num_tasks)
+    _check_symmetry(m, present)
+    return m, present, batch
+
+
+def _check_symmetry(m: Floats, present: Any) -> None:
+    """Raise where finite entries of a pair of tasks that take part differ by more than rounding in float32."""
+    with np.errstate(invalid="ignore"):
+        scale = np.sqrt(np.abs(np.diagonal(m, axis1=-2, axis2=-1)))
+        off = np.abs(m - m.swapaxes(-1, -2)) > 1e-5 * scale[:, :, None] * scale[:, None, :]
+    if present is not None:
+        off &= present[:, :, None] & present[:, None, :]
+    if off.any():
+        k, i, j = (int(x[0]) for x in np.nonzero(off))
+        raise ValueError(
+            f"gramian: expected a symmetric matrix, found {m[k, i, j]} at [{i}, {j}] but {m[k, j, i]} at [{j}, {i}]"
+        )
+
+
+def _order(order: str | ArrayLike | None, batch: tuple[int, ...], num_tasks: int) -> tuple[int, Ints | None]:
+    if order is None or isinstance(order, str):
+        if order is not None and order not in _ORDERS:
+            raise ValueError(f"order: expected an array or one of {sorted(_ORDERS)}, found {order!r}")
+        return _ORDERS[order or "random"], None
+    explicit = np.asarray(order)
+    if explicit.dtype.kind not in "iu":
+        raise TypeError(f"order: expected an array of integers, found dtype {explicit.dtype}")
+    shape = (num_tasks, num_tasks)
+    if explicit.shape not in (shape, (*batch, *shape)):
+        raise ValueError(f"order: expected shape {list(shape)} or {[*batch, *shape]}, found {list(explicit.shape)}")
+    if not (np.sort(explicit, axis=-1) == np.arange(num_tasks)).all():
+        raise ValueError(f"order: expected every row to be a permutation of 0..{num_tasks - 1}")
+    rows = explicit.astype(np.int64)
+    return _ORDERS["fixed"], rows if rows.shape == shape else rows.reshape(-1, *shape)
+
+
+def _int64(name: str, value: int) -> int:
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"{name}: expected a 64-bit integer, found {value}")
+    return value - 2**64 if value >= 2**63 else value

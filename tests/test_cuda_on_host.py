@@ -1,0 +1,281 @@
+"""Runs the CUDA kernels on the host: under the address sanitizer, under a race checker, and with planted bugs.
+
+``cuda_on_host/`` compiles the very sources of ``csrc/cuda`` with g++. It needs the headers of a CUDA toolkit, no GPU.
+Objects are kept in ``build/cuda_on_host`` under a hash of all that went into them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+CSRC, HOST, CACHE = ROOT / "csrc", ROOT / "tests" / "cuda_on_host", ROOT / "build" / "cuda_on_host"
+KERNELS = ("gram.cu", "combine.cu", "solvers.cu")
+RUNTIME = ("cuda_on_host.cpp", "check.cpp", "main.cpp", "test_gram.cpp", "test_combine.cpp", "test_solvers.cpp")
+# gram_long is about rounding alone and says most with few blocks: see test_few_blocks.
+SUITES = ("gram_registers", "gram_tiled", "gram_tables", "combine", "min_norm", "pcgrad", "gradvac")
+WORKERS = min(2, os.cpu_count() or 1)
+COMMON_FLAGS = (
+    "-std=c++17 -O1 -g -Wall -Wextra -Werror -Wno-unknown-pragmas "
+    "-D__CUDA_NO_HALF_OPERATORS__ -D__CUDA_NO_HALF_CONVERSIONS__ "  # as torch compiles .cu files
+    "-D__CUDA_NO_BFLOAT16_CONVERSIONS__ -D__CUDA_NO_HALF2_OPERATORS__"
+).split()
+UNDEFINED = ["-fsanitize=undefined", "-fno-sanitize-recover=undefined"]
+
+
+@dataclass(frozen=True)
+class Mode:
+    """How kernels, the rest, and the program are compiled, and what is linked besides."""
+
+    kernel_flags: list[str]
+    host_flags: list[str]
+    runtime: tuple[str, ...] = RUNTIME
+
+
+MODES = {
+    "asan": Mode(["-fsanitize=address", *UNDEFINED], ["-fsanitize=address", *UNDEFINED]),
+    "race": Mode(["-fsanitize=thread", *UNDEFINED], UNDEFINED, (*RUNTIME, "race_on_host.cpp")),
+}
+
+
+def toolkit_include() -> Path:
+    """The folder of cuda_runtime.h; skips the test where there is none, or no compiler for these tests."""
+    if platform.machine() != "x86_64" or shutil.which("g++") is None:
+        pytest.skip("needs g++ on x86-64 Linux")
+    homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
+    nvcc = shutil.which("nvcc")
+    if nvcc is not None:
+        homes.append(str(Path(nvcc).resolve().parents[1]))
+    for home in filter(None, homes):
+        include = Path(home) / "include"
+        if (include / "cuda_runtime.h").is_file() and (include / "cuda_bf16.h").is_file():
+            return include
+    pytest.skip("needs the headers of a CUDA toolkit: cuda_runtime.h is neither in CUDA_HOME nor in /usr/local/cuda")
+
+
+def run(command: Iterable[str | Path], **options: object) -> None:
+    done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)  # type: ignore[call-overload]
+    assert done.returncode == 0, f"{' '.join(done.args)}\n{done.stdout}\n{done.stderr}"
+
+
+def headers(csrc: Path) -> bytes:
+    files = [*sorted(csrc.rglob("*.h")), *sorted(HOST.glob("*.h"))]
+    return b"".join(str(file.name).encode() + file.read_bytes() for file in files)
+
+
+def compile_object(source: Path, flags: list[str], csrc: Path = CSRC) -> Path:
+    flags = [*COMMON_FLAGS, *flags, "-isystem", str(toolkit_include())]
+    if source.suffix == ".cu":
+        flags += ["-include", str(HOST / "cuda_on_host.h"), "-x", "c++"]
+    digest = hashlib.sha256(headers(csrc) + source.read_bytes() + repr(flags).encode()).hexdigest()[:16]
+    target = CACHE / f"{source.stem}-{digest}.o"
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(f".{os.getpid()}")
+        run(["g++", *flags, "-c", source, "-o", partial])
+        partial.rename(target)
+    return target
+
+
+def link(mode: Mode, objects: list[Path], program: Path) -> Path:
+    run(["g++", *mode.host_flags, *objects, "-o", program])
+    return program
+
+
+def build_objects(mode: Mode) -> dict[str, Path]:
+    sources = [(CSRC / "cuda" / name, mode.kernel_flags) for name in KERNELS]
+    sources += [(HOST / name, mode.host_flags) for name in mode.runtime]
+    with ThreadPoolExecutor(WORKERS) as pool:
+        objects = list(pool.map(lambda job: compile_object(*job), sources))
+    return {source.name: target for (source, _), target in zip(sources, objects, strict=True)}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_kernels(mode: str, tmp_path: Path) -> None:
+    program = link(MODES[mode], list(build_objects(MODES[mode]).values()), tmp_path / "main")
+    with ThreadPoolExecutor(WORKERS) as pool:
+        list(pool.map(lambda suite: run([program, suite], timeout=120), SUITES))
+
+
+@dataclass(frozen=True)
+class Edit:
+    """The text ``old``, which occurs once in a file of ``csrc/cuda``, becomes ``new``."""
+
+    file: str
+    old: str
+    new: str
+
+
+@dataclass(frozen=True)
+class Bug:
+    """A mistake planted in the kernels, and what finds it."""
+
+    mode: str
+    suite: str
+    report: str  # a pattern in the program's output
+    edits: tuple[Edit, ...]
+
+
+ONLY_F32 = Edit(  # a quarter of the instances
+    "element.h",
+    """  switch (type) {
+    case Scalar::f32:
+      return f(float());
+    case Scalar::f64:
+      return f(double());
+    case Scalar::bf16:
+      return f(__nv_bfloat16());
+    default:
+      return f(__half());
+  }
+""",
+    "  (void)type;\n  return f(float());\n",
+)
+FEW_BLOCKS = (
+    Edit("gram.cu", "kTargetBlocks = 1024;", "kTargetBlocks = 2;"),
+    Edit("gram.cu", "tile_size(num_tasks))), 16);", "tile_size(num_tasks))), 1);"),
+)
+RACE, UNWRITTEN, OVERFLOW = "data race", "has not written", "heap-buffer-overflow"
+WRONG = "FAILED"
+
+BUGS = {
+    "barrier missing after the warps' sums": Bug(
+        "race",
+        "gram_registers",
+        f"{RACE}|{UNWRITTEN}",
+        (Edit("gram.cu", "  __syncthreads();\n  for (int q", "  for (int q"),),
+    ),
+    "tile overwritten while others read it": Bug(
+        "race", "gram_tiled", RACE, (Edit("gram.cu", "flush();\n      __syncthreads();", "flush();"),)
+    ),
+    "slices add without waiting": Bug(
+        "race",
+        "gram_tiled",
+        f"{RACE}|{UNWRITTEN}",
+        (Edit("gram.cu", "      __syncthreads();\n    }\n    if (slice", "    }\n    if (slice"),),
+    ),
+    "all blocks write the same partial sums": Bug(
+        "race", "gram_registers", RACE, (Edit("gram.cu", "int64_t(blockIdx.x) * kPairs + q", "q"),)
+    ),
+    "threads leave before a barrier": Bug(
+        "race",
+        "gram_registers",
+        "the others have exited",
+        (
+            Edit(
+                "gram.cu",
+                "  __syncthreads();\n  if (lane > 0 || q >= pairs) return;",
+                "  if (lane > 0 || q >= pairs) return;\n  __syncthreads();",
+            ),
+        ),
+    ),
+    "missing row read": Bug(
+        "asan", "gram_registers", "null pointer|SEGV", (Edit("gram.cu", "x[t] = rows[t] ?", "x[t] = true ?"),)
+    ),
+    "vector loads from misaligned rows": Bug(
+        "asan",
+        "gram_registers",
+        "misaligned address",
+        (Edit("table.h", "address_bits % 16 == 0", "address_bits != 0"),),
+    ),
+    "reads past the end of a row": Bug(
+        "asan", "gram_registers", OVERFLOW, (Edit("gram.cu", "i + N <= end; i += N", "i < end; i += N"),)
+    ),
+    "reads past the ragged end of a tile": Bug(
+        "asan", "gram_tiled", OVERFLOW, (Edit("gram.cu", "k + n < end", "k + n <= end"),)
+    ),
+    "scratch one block short": Bug(
+        "asan", "gram_tables", OVERFLOW, (Edit("gram.cu", "return most_blocks *", "return (most_blocks - 1) *"),)
+    ),
+    "last block left out of the sum": Bug(
+        "asan",
+        "gram_registers",
+        WRONG,
+        (Edit("gram.cu", "b < blocks.first[blockIdx.y + 1]", "b < blocks.first[blockIdx.y + 1] - 1"),),
+    ),
+    "ragged last unit dropped": Bug(
+        "asan",
+        "gram_registers",
+        WRONG,
+        (Edit("table.h", "unit += ceil_div(param.size, kUnit);", "unit += param.size / kUnit;"),),
+    ),
+    "two groups share a block": Bug(
+        "asan",
+        "gram_tables",
+        WRONG,
+        (Edit("table.h", "unit = ceil_div(unit, units_per_block) * units_per_block;", "unit += 0;"),),
+    ),
+    "sums in fp32 never flushed": Bug(
+        "asan", "gram_long", WRONG, (*FEW_BLOCKS, Edit("gram.cu", "terms + kDepth > kTileTerms", "terms < 0"))
+    ),
+    "row of weight 0 read": Bug("asan", "combine", "SEGV", (Edit("combine.cu", "row && weight != 0", "row"),)),
+    "list of rows overwritten while others read it": Bug(
+        "race", "combine", RACE, (Edit("combine.cu", "__syncthreads();  // nobody", "// nobody"),)
+    ),
+    "warp does not wait for its writes": Bug(
+        "race", "pcgrad", f"{RACE}|{UNWRITTEN}", (Edit("teams.h", "sync() const { __syncwarp(); }", "sync() const {}"),)
+    ),
+    "block does not wait for its warps": Bug(
+        "race",
+        "min_norm",
+        f"{RACE}|{UNWRITTEN}",
+        (Edit("teams.h", "    }\n    __syncthreads();\n  }", "    }\n  }"),),
+    ),
+    "problems share their scratch": Bug(
+        "race", "min_norm", RACE, (Edit("solvers.cu", "scratch + blockIdx.x * doubles", "scratch"),)
+    ),
+    "shared memory one double short": Bug(
+        "asan",
+        "gradvac",
+        OVERFLOW,
+        (Edit("solvers.cu", "? doubles * sizeof(double) : 0", "? (doubles - 1) * sizeof(double) : 0"),),
+    ),
+}
+
+
+def kernels_of(suite: str) -> str:
+    return "gram.cu" if suite.startswith("gram") else "combine.cu" if suite == "combine" else "solvers.cu"
+
+
+def build_edited(mode: Mode, suite: str, edits: tuple[Edit, ...], folder: Path) -> Path:
+    """The program with the kernels of one suite, f32 only, compiled from edited sources."""
+    objects = build_objects(mode)
+    csrc = folder / "csrc"
+    shutil.copytree(CSRC, csrc)
+    for edit in (*edits, ONLY_F32):
+        file = csrc / "cuda" / edit.file
+        text = file.read_text()
+        assert text.count(edit.old) == 1, (
+            f"{edit.file} holds {edit.old!r} {text.count(edit.old)} times: update the test"
+        )
+        file.write_text(text.replace(edit.old, edit.new))
+    kernels = kernels_of(suite)
+    edited = compile_object(csrc / "cuda" / kernels, [*mode.kernel_flags, "-Wno-error"], csrc)
+    return link(mode, list((objects | {kernels: edited}).values()), folder / "main")
+
+
+def test_few_blocks(tmp_path: Path) -> None:
+    """Many terms per block, which takes large gradients otherwise, are summed as precisely."""
+    program = build_edited(MODES["asan"], "gram_long", FEW_BLOCKS, tmp_path)
+    run([program, "--quick", "gram_long", "gram_registers", "gram_tables"], timeout=120)
+
+
+@pytest.mark.parametrize("name", BUGS)
+def test_planted_bug_is_found(name: str, tmp_path: Path) -> None:
+    bug = BUGS[name]
+    program = build_edited(MODES[bug.mode], bug.suite, bug.edits, tmp_path)
+    done = subprocess.run([program, "--quick", bug.suite], capture_output=True, text=True, timeout=120)
+    output = done.stdout + done.stderr
+    assert done.returncode != 0, f"not found: {output}"
+    assert re.search(bug.report, output), output
