@@ -58,7 +58,7 @@ cuda-check: ## compile the CUDA kernels for every architecture; spills are error
 	$(PYTHON) tests/cuda_check.py --arch all
 
 gpu: ## on a machine with a GPU, torch and nvcc: build, GPU tests, sanitizer, benchmark (no registry needed)
-	$(PYTHON) benchmarks/gpu.py
+	$(PYTHON) -m benchmarks.gpu
 
 clean: ## remove what was built
 	rm -rf $(VENV) build dist fastmtl.egg-info fastmtl/_C*.so demo-output

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.engine import Method, check_method, decide
+from fastmtl.engine import Method, check_method, decide, task_mask
 from fastmtl.losses import LossesLike, parse_losses
 from fastmtl.result import Result
 from fastmtl.rows import Gradients, as_rows
@@ -58,7 +58,7 @@ def aggregate(
     else:
         gramian = ops.gram(rows)
         names = parsed.names if parsed is not None else [f"task {t}" for t in range(rows.num_tasks)]
-        weights = decide(method, gramian, rows.mask(), parsed, names).weights
+        weights = decide(method, gramian, task_mask(rows, parsed), parsed, names).weights
     combined = ops.combine(rows, weights)
     out = combined[0] if isinstance(grads, Tensor) else combined
     if groups is not None:

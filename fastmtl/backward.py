@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,7 +68,7 @@ def backward(
         nonfinite: Where a gradient or a loss is inf or NaN. ``"propagate"``: ``.grad`` becomes NaN (a scaler then skips
             the step). ``"drop_task"``: such tasks count as absent. ``"skip"``: no ``.grad`` is changed, the weights are
             0. ``"raise"``: FloatingPointError naming the tasks. The last three not with a scaler; the last two
-            synchronise with the host once.
+            synchronise with the host once; so does ``"drop_task"`` with ``gramian_params``.
         max_norm: Upper bound of the norm of the combined shared gradient, from the Gramian, without another pass; see
             `fastmtl.engine.clip` for its rounding. With a scaler: of the unscaled gradient.
         filler: How rows are obtained. ``"grad"``: ``torch.autograd.grad``, fires no hooks of the parameters.
@@ -122,7 +124,10 @@ def backward(
         if groups not in (None, "all"):
             raise ValueError("gramian_params: knows one group of parameters only; drop groups=")
         lean = [*resolve_params(gramian_params, model, "gramian_params").values()]
-        return _on_gramian_params(passes, method, [*candidates.values()], heads, lean, nonfinite, max_norm)
+        if known is None and not method.scale_heads:
+            raise ValueError("gramian_params: pass shared_params= too; it is not known yet which parameters are heads")
+        with _restored_on_error(method):
+            return _on_gramian_params(passes, method, [*candidates.values()], heads, lean, nonfinite, max_norm)
 
     params = [*candidates.values(), *heads]
     tasks = passes.per_task(params)
@@ -147,6 +152,13 @@ class _Passes:
     def __init__(self, losses: Losses, filler: str, scale: Tensor | None, retain_graph: bool) -> None:
         self.losses, self.scale, self.retain_graph = losses, scale, retain_graph
         self.through = ThroughGrad if filler == "grad" else ThroughBackward
+
+    def without(self, kept: Tensor) -> _Passes:
+        """The passes over the tasks that were kept only; synchronises with the host."""
+        items = tuple(x if keep else None for x, keep in zip(self.losses.items, kept.tolist(), strict=True))
+        passes = copy.copy(self)
+        passes.losses = Losses(self.losses.names, items)
+        return passes
 
     def per_task(self, params: Sequence[Tensor], then_more: bool = False) -> list[Sequence[Tensor | None] | None]:
         """Each task's gradients, None for absent tasks; ``then_more``: keep the graph for further passes."""
@@ -189,6 +201,18 @@ def _loss_weighting(
     return Result(tuple(p.grad for p in shared), weights, None)
 
 
+@contextmanager
+def _restored_on_error(method: GradientMethod) -> Iterator[None]:
+    """Put the method's state back if anything within raises: a backward pass comes after the method has decided."""
+    before = [(name, buffer, buffer.clone()) for name, buffer in method._buffers.items() if buffer is not None]
+    try:
+        yield
+    except BaseException:
+        for name, buffer, value in before:
+            method._buffers[name] = buffer.copy_(value)
+        raise
+
+
 def _on_gramian_params(
     passes: _Passes,
     method: GradientMethod,
@@ -206,7 +230,9 @@ def _on_gramian_params(
     decision = decide(
         method, gramian, task_mask(rows, passes.losses), passes.losses, passes.losses.names, nonfinite, max_norm
     )
-    if not decision.skip:
+    if decision.kept is not None:  # the pass below would multiply their gradients by 0, and 0 * inf is NaN
+        passes = passes.without(decision.kept)
+    if not decision.skip and passes.losses.present:
         weights, head_weights = decision.weights[0], decision.for_heads(method)[0]
         if not heads or method.scale_heads:
             _accumulate_one([*shared, *heads], passes.weighted([*shared, *heads], weights))
@@ -243,8 +269,9 @@ def _result(shared: Sequence[Tensor], weights: Tensor, gramian: Tensor, grouped:
     return Result(grads, weights, gramian) if grouped else Result(grads, weights[0], gramian[0])
 
 
-# Names of the parameters that at least two tasks reach, per model; found in a step with all tasks present.
-_shared_of: weakref.WeakKeyDictionary[nn.Module, tuple[str, ...]] = weakref.WeakKeyDictionary()
+# Per model the names of its trainable parameters when a step with all tasks present was looked at, and of those that
+# at least two tasks reached.
+_shared_of: weakref.WeakKeyDictionary[nn.Module, tuple[list[str], list[str]]] = weakref.WeakKeyDictionary()
 
 
 def _known_shared(shared_params: ParamsLike | None, model: nn.Module | None) -> dict[str, Tensor] | None:
@@ -255,7 +282,9 @@ def _known_shared(shared_params: ParamsLike | None, model: nn.Module | None) -> 
         raise ValueError("shared_params: pass them, or model= to have them found")
     if model not in _shared_of:
         return None
-    return resolve_params(_shared_of[model], model, "shared_params")
+    trainable = resolve_params(model, model, "model")
+    names, shared = _shared_of[model]
+    return {name: trainable[name] for name in shared} if names == [*trainable] else None  # else: (un)frozen since
 
 
 def _discover(
@@ -270,5 +299,5 @@ def _discover(
         )
     if len(present) == len(tasks) and model is not None:
         names = [*candidates]
-        _shared_of[model] = tuple(names[p] for p in shared)
+        _shared_of[model] = names, [names[p] for p in shared]
     return shared

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -183,6 +184,11 @@ class FeatureSurgery(nn.Module):
         weights = decide(self.method, raw, mask, losses, names, self.nonfinite).weights
         self.result = Result(None, weights[0], raw[0])
         return weights
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureSurgery:
+        super()._apply(fn, recurse)
+        self.losses = self.losses.double()  # model.half() must not round the values of losses
+        return self
 
     def _register(self) -> None:
         self._number = next(_numbers)

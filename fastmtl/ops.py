@@ -114,7 +114,8 @@ def check_weights(weights: Tensor, rows: Rows) -> Tensor:
     if w.shape != (rows.num_groups, rows.num_tasks):
         expected = f"[{rows.num_groups}, {rows.num_tasks}]"
         raise ValueError(f"weights: expected shape {expected}, found {list(weights.shape)}")
-    return w.detach().to(rows.device, torch.float64).contiguous()
+    dtype = torch.float32 if rows.device.type == "mps" else torch.float64
+    return w.detach().to(rows.device, dtype).contiguous()
 
 
 def min_norm(gramian: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -258,7 +259,8 @@ def _register() -> None:
 
 def _not_differentiable(name: str) -> Any:
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"fastmtl.ops.{name} is not differentiable; fastmtl.reference.{name} is, where it can be")
+        hint = f"; fastmtl.reference.{name} is" if name in ("gram", "combine") else ""
+        raise RuntimeError(f"fastmtl.ops.{name} is not differentiable{hint}")
 
     return backward
 

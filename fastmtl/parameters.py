@@ -116,20 +116,20 @@ def resolve_groups(
 
 def find_leaves(roots: Iterable[Tensor]) -> tuple[list[Tensor], set[str]]:
     """The leaves that backward from ``roots`` would accumulate into, and the names of the graph's node types."""
-    leaves: list[Tensor] = []
+    roots = list(roots)
+    leaves = {id(r): r for r in roots if r.grad_fn is None and r.requires_grad}
     kinds: set[str] = set()
     stack = [r.grad_fn for r in roots if r.grad_fn is not None]
-    leaves.extend(r for r in roots if r.grad_fn is None and r.requires_grad)
     seen = set(stack)
     while stack:
         node = stack.pop()
         kind = type(node).__name__
         kinds.add(kind)
         if kind == "AccumulateGrad":
-            leaves.append(node.variable)  # type: ignore[attr-defined]
+            leaves[id(node.variable)] = node.variable  # type: ignore[attr-defined]
             continue
         for after, _ in node.next_functions:
             if after is not None and after not in seen:
                 seen.add(after)
                 stack.append(after)
-    return leaves, kinds
+    return list(leaves.values()), kinds

@@ -561,8 +561,7 @@ def test_compile_without_a_graph_break() -> None:
             assert torch.equal(found, expected)
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
 def test_compile_with_inductor_on_rows_with_gaps() -> None:
     def both(a: Tensor, b: Tensor, weights: Tensor) -> list[Tensor]:
         return [ops.gram([[a, b]]), *ops.combine([[a, b]], weights)]

@@ -101,7 +101,8 @@ void combine_cpu(const Rows& rows, const double* weights, void* const* out, bool
       call.num_rows = terms.select(parameter, weights + int64_t{parameter.group} * rows.num_tasks, rows.num_tasks);
       if (call.num_rows == 0 && accumulate) continue;
       call.rows = terms.rows.data();
-      call.weights = parameter.type == Scalar::f64 ? static_cast<const void*>(terms.doubles.data()) : terms.floats.data();
+      call.weights =
+          parameter.type == Scalar::f64 ? static_cast<const void*>(terms.doubles.data()) : terms.floats.data();
       call.out = out[p];
       call.accumulate = accumulate;
       call.stream = stream;

@@ -3,6 +3,9 @@
 FASTMTL_INLINE VecF broadcast(float x) { return VecF{} + x; }
 FASTMTL_INLINE VecD broadcast(double x) { return VecD{} + x; }
 
+// So short visits to each row defeat the hardware's prefetcher. Reaching beyond the row's end does no harm.
+constexpr int kPrefetchBytes = 2048;
+
 // One block of N vectors: all rows pass through the same N accumulators.
 template <class E, int N, bool Stream>
 FASTMTL_INLINE void combine_block(const CombineCall& call, int64_t column) {
@@ -15,6 +18,9 @@ FASTMTL_INLINE void combine_block(const CombineCall& call, int64_t column) {
   for (int r = 0; r < call.num_rows; ++r) {
     const E* row = static_cast<const E*>(call.rows[r]) + column;
     const Vec<E> weight = broadcast(weights[r]);
+    const char* ahead = reinterpret_cast<const char*>(row) + kPrefetchBytes;
+#pragma GCC unroll 16
+    for (int line = 0; N > 1 && line < N * L * int(sizeof(E)); line += 64) __builtin_prefetch(ahead + line);
 #pragma GCC unroll 16
     for (int i = 0; i < N; ++i) acc[i] += weight * load(row + i * L);
   }
@@ -50,7 +56,7 @@ FASTMTL_INLINE void combine_few(const CombineCall& call, int64_t begin, int64_t 
 
 template <class E>
 void combine_columns(const CombineCall& call) {
-  constexpr int kVectors = 8;
+  constexpr int kVectors = kVectorBytes == 64 && sizeof(E) == 2 ? 16 : 8;
   constexpr int64_t kBlock = kVectors * kLanes<E>;
   int64_t column = call.begin;
   if (call.stream) {

@@ -3,12 +3,12 @@
 // Traffic: one read of the rows. Arithmetic: T (T + 1) / 2 multiply-adds per column. fp32, bf16 and fp16 are multiplied
 // and added in fp32 vectors, at most 512 columns at a time, whose sums are then added in fp64; fp64 throughout in fp64.
 //
-// The columns of all parameters, ordered by group, are cut into jobs. A job takes its columns in chunks that stay in the
-// caches and fills the lower triangle tile by tile, each tile a block of dot products held in registers. Chunks are read
-// where they lie, except what is shorter than a chunk (small parameters, ends), 16-bit rows if there are many (they would
-// be widened once per tile), and very many rows (one page each: too many for the TLB): these are collected, widened, in
-// a panel of one chunk. The first job of a group writes into M itself, each later one into a partial sum of its own;
-// these are added in order.
+// The columns of all parameters, ordered by group, are cut into jobs. A job takes its columns in chunks that stay in
+// the caches and fills the lower triangle tile by tile, each tile a block of dot products held in registers. Chunks are
+// read where they lie, except what is shorter than a chunk (small parameters, ends), 16-bit rows if there are many
+// (they would be widened once per tile), and very many rows (one page each: too many for the TLB): these are collected,
+// widened, in a panel of one chunk. The first job of a group writes into M itself, each later one into a partial sum of
+// its own; these are added in order.
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -144,7 +144,8 @@ class RangeGramian {
     const int64_t size = element_size(parameter.type);
     const void** rows = rows_.data();
     auto seek = [&](int64_t column) {
-      for (int r = 0; r < n; ++r) rows[r] = static_cast<const unsigned char*>(parameter.rows[tasks_[r]]) + column * size;
+      for (int r = 0; r < n; ++r)
+        rows[r] = static_cast<const unsigned char*>(parameter.rows[tasks_[r]]) + column * size;
     };
     int64_t column = begin;
     if (is_small() || (size >= 4 && n < kPanelRows)) {
@@ -228,8 +229,8 @@ class RangeGramian {
   const int64_t num_tasks_;
   CacheAligned<double> sums_;          // the tiles one after the other
   CacheAligned<unsigned char> panel_;  // a row of one chunk for every task
-  std::vector<const void*> rows_;       // scratch: pointers to the rows, and to the panel's rows
-  std::vector<int> present_;            // scratch: the tasks that reach a parameter
+  std::vector<const void*> rows_;      // scratch: pointers to the rows, and to the panel's rows
+  std::vector<int> present_;           // scratch: the tasks that reach a parameter
 
   // The sums under way: of which tasks, in which type, for whom, and the columns that wait in the panel.
   std::vector<int> tasks_;
@@ -244,13 +245,17 @@ class RangeGramian {
 std::vector<int64_t> order_by_group(const Rows& rows) {
   std::vector<int64_t> order(rows.num_params);
   for (int64_t p = 0; p < rows.num_params; ++p) order[p] = p;
-  auto less = [&](int64_t a, int64_t b) { return rows.params[a].group < rows.params[b].group; };
-  if (!std::is_sorted(order.begin(), order.end(), less)) std::stable_sort(order.begin(), order.end(), less);
+  auto less = [&](int64_t a, int64_t b) {
+    const int32_t group_a = rows.params[a].group, group_b = rows.params[b].group;
+    return group_a != group_b ? group_a < group_b : a < b;
+  };
+  if (!std::is_sorted(order.begin(), order.end(), less)) std::sort(order.begin(), order.end(), less);
   return order;
 }
 
-// One job where threads would cost more than they bring. Else about half a million elements each, but 16 chunks or more
-// (a job's first chunk is not prefetched), and so few that the partial sums stay small beside the rows.
+// One job where threads would cost more than they bring. Else about half a million elements each (fewer if T is large
+// and they cost more), but 8,192 columns or more (a job's first chunk is not prefetched), and so few jobs that their
+// partial sums stay small beside the rows.
 int64_t count_jobs(const Rows& rows) {
   int64_t columns = 0;
   for (int64_t p = 0; p < rows.num_params; ++p) columns += rows.params[p].size;

@@ -1,7 +1,7 @@
 // The Gramian's inner loops. Included by each_target.h once per instruction set, after vector.h.
 //
-// tile: R x C dot products over n columns (a few hundred that lie in L1 or L2), one vector accumulator in a register for
-// each. At the end the accumulators' lanes are summed, many at a time, and added to fp64 sums in memory; so a lane
+// tile: R x C dot products over n columns (a few hundred that lie in L1 or L2), one vector accumulator in a register
+// for each. At the end the accumulators' lanes are summed, many at a time, and added to fp64 sums in memory; so a lane
 // never adds more than n / lanes terms in fp32.
 
 // Sums of neighbouring lanes: a0+a1, a2+a3, .., b0+b1, ..
@@ -81,7 +81,7 @@ void triangle(const void* const* a, int64_t n, double* out) {
       for (int c = 0; c <= r; ++c) acc[r * (r + 1) / 2 + c] += row[r] * row[c];
     }
   }
-  add_lane_sums<typename Arithmetic<E>::Type, R * (R + 1) / 2>(acc, out);
+  add_lane_sums<typename Arithmetic<E>::Type, R*(R + 1) / 2>(acc, out);
 }
 
 // Copies n elements into fp32 (fp64 for double). Writes whole vectors: `to` has room for n rounded up to them.
@@ -108,9 +108,8 @@ constexpr TileSet tile_set() {
 }
 
 // constexpr: an initializer that runs would run on every CPU.
-constexpr GramKernels kGramKernels = {
-    kFloats,
-    {tile_set<float, kSmallBlock>(), tile_set<double, kSmallBlock>(), tile_set<BFloat16, kSmallBlock>(),
-     tile_set<Float16, kSmallBlock>()},
-    {tile_set<float, kBlock>(), tile_set<double, kBlock>()},
-    {widen<float>, widen<double>, widen<BFloat16>, widen<Float16>}};
+constexpr GramKernels kGramKernels = {kFloats,
+                                      {tile_set<float, kSmallBlock>(), tile_set<double, kSmallBlock>(),
+                                       tile_set<BFloat16, kSmallBlock>(), tile_set<Float16, kSmallBlock>()},
+                                      {tile_set<float, kBlock>(), tile_set<double, kBlock>()},
+                                      {widen<float>, widen<double>, widen<BFloat16>, widen<Float16>}};

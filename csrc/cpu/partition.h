@@ -1,5 +1,5 @@
-// Cuts the columns of all parameters, laid end to end, into jobs. The cuts depend on sizes and order alone, never on the
-// number of threads: so do the results.
+// Cuts the columns of all parameters, laid end to end, into jobs. The cuts depend on sizes and order alone, never on
+// the number of threads: so do the results.
 #pragma once
 #include <algorithm>
 #include <atomic>

@@ -59,9 +59,9 @@ FASTMTL_INLINE HalfU truncate(VecU u) { return __builtin_convertvector(u, HalfU)
 FASTMTL_INLINE VecF widen_half(HalfU h) {
   const VecU u = extend(h);
   const VecU sign = (u & 0x8000u) << 16, magnitude = (u & 0x7fffu) << 13;
-  const VecU normal = magnitude + (112u << 23);                                  // move the exponent's bias
-  const VecU infinite = magnitude + (224u << 23);                                // to the exponent 255
-  const VecU tiny = bits_of(float_of(magnitude + (113u << 23)) - 0x1p-14f);      // subnormal: 2^-14 * (1.m - 1)
+  const VecU normal = magnitude + (112u << 23);                              // move the exponent's bias
+  const VecU infinite = magnitude + (224u << 23);                            // to the exponent 255
+  const VecU tiny = bits_of(float_of(magnitude + (113u << 23)) - 0x1p-14f);  // subnormal: 2^-14 * (1.m - 1)
   const VecU finite = magnitude < (31u << 23) ? normal : infinite;
   return float_of(sign | (magnitude < (1u << 23) ? tiny : finite));
 }

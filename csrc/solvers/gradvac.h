@@ -47,7 +47,7 @@ struct CosineStep {
 FASTMTL_HD CosineStep compare_cosine(const GradVacRule& rule, double phi, double old) {
   CosineStep step;
   step.moved = (1 - rule.beta) * old + rule.beta * phi;
-  step.target = rule.ema_first && (rule.ema_always || phi < old) ? step.moved : old;
+  step.target = rule.ema_first ? step.moved : old;
   if (step.target > kLargestTarget) step.target = kLargestTarget;
   step.correct = phi < step.target;
   return step;

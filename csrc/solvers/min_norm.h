@@ -40,6 +40,7 @@ constexpr double kSmallestExchange = 1e-6;  // what a dependent task must move a
 constexpr double kGapGoal = 1e-10;          // of m
 constexpr int kAttempts = 4;
 constexpr double kNever = std::numeric_limits<double>::infinity();
+constexpr double kNan = std::numeric_limits<double>::quiet_NaN();
 
 struct Tableau {
   int num_tasks;
@@ -313,8 +314,8 @@ template <class Team>
 FASTMTL_HD double min_norm_problem(const Team& team, const Problem& problem, double* scratch, double* weights) {
   const int num_tasks = problem.num_tasks;
   if (!is_finite(team, problem)) {
-    detail::fill_weights(team, num_tasks, std::nan(""), weights);
-    return std::nan("");
+    detail::fill_weights(team, num_tasks, detail::kNan, weights);
+    return detail::kNan;
   }
   const detail::Tableau tab = detail::make_tableau(num_tasks, scratch);
   double smallest = detail::kNever;  // m
@@ -358,7 +359,7 @@ FASTMTL_HD double min_norm_problem(const Team& team, const Problem& problem, dou
     if (best <= detail::kGapGoal * smallest || stalled) break;
   }
   if (best == detail::kNever) {
-    best = std::nan("");
+    best = detail::kNan;
     detail::fill_weights(team, num_tasks, best, weights);
   }
   return best;

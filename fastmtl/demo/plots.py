@@ -72,6 +72,7 @@ def quality(outcome: Outcome, data: Dataset) -> Figure:
         axes.margins(x=0.25)
         axes.set_ylim(len(records) - 0.5, -0.7)
         axes.grid(axis="x", alpha=0.3)
+        axes.locator_params(axis="x", nbins=5)
         axes.tick_params(axis="x", labelsize=8)
         axes.set_yticks(range(len(records)), [record.label for record in records.values()])
     figure.suptitle("Area under the ROC curve on held-out reviews (dotted line: summed loss)", fontsize=12)

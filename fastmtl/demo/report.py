@@ -72,25 +72,28 @@ def verdict(outcome: Outcome, tasks: list[Task]) -> list[str]:
     if losses:
         sentences.append(f"Summed loss is beaten on {', '.join(losses)}.")
     if worse:
-        sentences.append(f"It beats these methods in mean AUC: {', '.join(worse)}.")
-    return [*sentences, "It is the cheapest step of all: weigh the gain against the column 'x plain'."]
+        sentences.append(f"Summed loss beats these in mean AUC: {', '.join(worse)}.")
+    return [*sentences, "Its step is the cheapest: weigh every gain against the column 'x plain'."]
 
 
-def quality_notes(outcome: Outcome, tasks: list[Task]) -> list[str]:
+def quality_notes(outcome: Outcome, data: Dataset) -> list[str]:
     """Returns sentences on what the methods and the shared trunk did to the quality."""
+    tasks = data.tasks
     lines = verdict(outcome, tasks)
     single, plain = outcome.records.get("single"), outcome.records["sum"]
     if single is not None and single.auc is not None and plain.auc is not None:
         count = int((plain.auc < single.auc - NEAR).sum())
         lines.append(
             f"Without sharing (one net per task) {count} of {len(tasks)} tasks are better by more than {NEAR} "
-            "than with summed loss: there sharing does harm."
+            "than with summed loss: there sharing seems to harm."
         )
     if "mgda" in outcome.records:
         share, most = outcome.records["mgda"].mean_weights().topk(3)
+        rates = data.train.labels.mean(dim=0)
+        names = [f"{tasks[task].name} ({rates[task]:.1%} positive)" for task in most]
         lines.append(
-            f"MGDA gave {share.sum():.0%} of its weight to {', '.join(tasks[task].name for task in most)}: it favours "
-            "the tasks with the smallest gradients, here those with the fewest positive reviews."
+            f"MGDA gave {share.sum():.0%} of its weight to {', '.join(names)}: it favours the tasks with the smallest "
+            "gradients, and rare positives make small gradients."
         )
     lines.append(
         "This is one seed, and the rare classes have few positive reviews: try other seeds (--seed) before believing a "
@@ -103,7 +106,7 @@ def notes(outcome: Outcome, data: Dataset, judge: bool = True) -> str:
     """Returns the closing text. ``judge``: the run was long enough to speak of quality."""
     lines = ["These few steps show the course of the demo; they say nothing of quality or cost."]
     if judge:
-        lines = quality_notes(outcome, data.tasks)
+        lines = quality_notes(outcome, data)
     lines.append(
         f"Weights: summed loss gives each of the {len(data.tasks)} tasks 1. PCGrad's and GradVac's sum to at least "
         "that (each removed conflict adds), MGDA's to 1, so with SGD a change of method changes the step size: "
@@ -112,7 +115,7 @@ def notes(outcome: Outcome, data: Dataset, judge: bool = True) -> str:
     )
     if "pair-loop" in outcome.records:
         lines.append(
-            "'PCGrad, pair loop' is the same mathematics as PCGrad, written as a Python loop over pairs; it and "
+            "'PCGrad (pair loop)' is the same mathematics as PCGrad, written as a Python loop over pairs; it and "
             "'T backwards, no surgery' make only a few steps, to be timed in the same turns as the others."
         )
     lines.append(

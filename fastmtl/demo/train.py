@@ -33,7 +33,7 @@ class Settings:
     batch: int = 256
     lr: float = 5e-3
     probes: int = 12
-    timed_turns: int = 4  # of a method that is only timed
+    timed_turns: int = 8  # of a method that is only timed
 
 
 class Trainer:
@@ -193,11 +193,11 @@ METHODS = {
     "pcgrad": Entry("PCGrad", partial(ParameterLevel, fastmtl.PCGrad)),
     "gradvac": Entry("GradVac", partial(ParameterLevel, fastmtl.GradVac)),
     "mgda": Entry("MGDA", partial(ParameterLevel, fastmtl.MGDA)),
-    "pcgrad-features": Entry("PCGrad, features", partial(FeatureLevel, fastmtl.PCGrad)),
-    "mgda-features": Entry("MGDA, features", partial(FeatureLevel, fastmtl.MGDA)),
+    "pcgrad-features": Entry("PCGrad (features)", partial(FeatureLevel, fastmtl.PCGrad)),
+    "mgda-features": Entry("MGDA (features)", partial(FeatureLevel, fastmtl.MGDA)),
     "single": Entry("one net per task", SingleTasks),
     "passes": Entry("T backwards, no surgery", PassesOnly),
-    "pair-loop": Entry("PCGrad, pair loop", PairLoop),
+    "pair-loop": Entry("PCGrad (pair loop)", PairLoop),
 }
 
 

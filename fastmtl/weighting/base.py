@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fastmtl.losses import LossesLike, parse_losses
+
+UNCHANGED_CALLS = 100
 
 
 class LossWeighting(nn.Module):
@@ -16,7 +19,17 @@ class LossWeighting(nn.Module):
     Called with the losses, a weighting returns the scalar to call ``backward()`` on: no per-task gradients, no cost.
     Passed where a gradient method is expected, it enters as ``w_t = d scalar / d L_t``; its own parameters then get
     their gradients too.
+
+    Attributes:
+        num_tasks: T where the weighting is made for one number of tasks; None: any.
     """
+
+    num_tasks: int | None = None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._last_versions: list[int] = []
+        self._unchanged = 0
 
     def scalar(self, losses: Tensor, tasks: Tensor | None) -> Tensor:
         """The weighted loss.
@@ -37,11 +50,28 @@ class LossWeighting(nn.Module):
             A scalar in the losses' dtype, at least float32.
         """
         parsed = parse_losses(losses, differentiable=False)
+        if self.num_tasks is not None and len(parsed) != self.num_tasks:
+            raise ValueError(f"losses: expected {self.num_tasks} tasks, found {len(parsed)}")
+        self._watch()
         values = torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in parsed.present])
         if len(values) == len(parsed):
             return self.scalar(values, None)
         tasks = [t for t, x in enumerate(parsed.items) if x is not None]
         return self.scalar(values, torch.tensor(tasks, device=values.device))
+
+    def _watch(self) -> None:
+        """Warn once if this weighting's parameters get gradients that no optimizer uses."""
+        if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
+            return
+        versions = [p._version for p in self.parameters() if p.grad is not None]
+        self._unchanged = self._unchanged + 1 if versions and versions == self._last_versions else 0
+        self._last_versions = versions
+        if self._unchanged == UNCHANGED_CALLS:
+            warnings.warn(
+                f"{type(self).__name__}: its parameters have not changed for {UNCHANGED_CALLS} calls: "
+                "are they in an optimizer? (parameter_group())",
+                stacklevel=4,
+            )
 
     def slopes(self, losses: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
         """The scalar at these loss values, and its slopes.

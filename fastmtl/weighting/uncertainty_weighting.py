@@ -64,8 +64,6 @@ class UncertaintyWeighting(LossWeighting):
 
     def scalar(self, losses: Tensor, tasks: Tensor | None) -> Tensor:
         """See `LossWeighting.scalar`."""
-        if tasks is None and losses.shape[0] != self.num_tasks:
-            raise ValueError(f"losses: expected {self.num_tasks} tasks, found {losses.shape[0]}")
         s, factor = (self.s, self.factor) if tasks is None else (self.s[tasks], self.factor[tasks])
         return (factor * torch.exp(-s) * losses + 0.5 * s).sum()
 

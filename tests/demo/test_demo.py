@@ -326,9 +326,11 @@ def test_mgda_note_names_the_heaviest_tasks(dataset: data.Dataset) -> None:
     weights = torch.zeros(25)
     weights[[3, 10, 20]] = torch.tensor([0.3, 0.4, 0.2])
     outcome.records["mgda"].weights = [weights]
-    assert "90% of its weight to Trend, any helpful vote, class Swim:" in " ".join(
-        report.quality_notes(outcome, dataset.tasks)
-    )
+    rates = [
+        f"{name} ({100 * dataset.train.labels[:, task].mean():.1f}% positive)"
+        for name, task in (("Trend", 10), ("any helpful vote", 3), ("class Swim", 20))
+    ]
+    assert f"90% of its weight to {', '.join(rates)}:" in " ".join(report.quality_notes(outcome, dataset))
 
 
 # ---- command line ----------------------------------------------------------------------------------------------------
@@ -363,7 +365,7 @@ def test_chosen_methods_only(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert demo.main(["--methods", "mgda-features", "--steps", "3", "--out", str(tmp_path)]) == 0
     out = capsys.readouterr().out
     assert "summed loss" in out
-    assert "\nMGDA, features" in out
+    assert "\nMGDA (features)" in out
     assert "\nGradVac" not in out
 
 

@@ -49,7 +49,7 @@ def gradvac(
                 continue
             phi = np.clip(turned[i] @ g[j] / (norm(turned[i]) * norm(g[j])), -1, 1)
             moved = (1 - beta) * after[i, j] + beta * phi
-            target = moved if ema_first and (ema_always or phi < after[i, j]) else after[i, j]
+            target = moved if ema_first else after[i, j]
             target = min(target, 1 - 1e-6)
             if phi < target:
                 sine, target_sine = np.sqrt(1 - phi**2), np.sqrt(1 - target**2)

@@ -1,0 +1,433 @@
+"""Feature level: the layer against the combination computed by hand, eager and compiled."""
+
+from __future__ import annotations
+
+import copy
+import io
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastmtl
+from fastmtl import FeatureSurgery, GradNorm, GradVac, MGDA, PCGrad, UncertaintyWeighting
+from tests import nets
+from tests.asserts import assert_on_simplex, assert_same_state, assert_untouched
+from tests.nets import assert_grads, weighted_sum
+
+METHODS: dict[str, Callable[[], fastmtl.GradientMethod]] = {
+    "PCGrad": PCGrad,
+    "GradVac": GradVac,
+    "MGDA": MGDA,
+    "GradNorm": lambda: GradNorm(scale_heads=False),
+}
+
+
+class LayerNet(nets.Net):
+    """Trunk, surgery, heads."""
+
+    def __init__(self, method: fastmtl.GradientMethod | fastmtl.LossWeighting, **options: Any) -> None:
+        super().__init__(nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 6)), 6, 3)
+        self.surgery = FeatureSurgery(method, num_tasks=3, **options)
+        self.double()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.surgery.total(self.losses(x))
+
+    def losses(self, x: Tensor) -> list[Tensor]:
+        zs = self.surgery(self.trunk(x))
+        return self.head_losses(zs)
+
+    def head_losses(self, zs: tuple[Tensor, ...]) -> list[Tensor]:
+        return [
+            ((head(z) - (-1) ** t * (t + 1)) ** 2).mean()
+            for t, (head, z) in enumerate(zip(self.heads, zs, strict=True))
+        ]
+
+
+def inputs(dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(4, 5, dtype=dtype)
+
+
+def by_hand(net: LayerNet, x: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Per task the gradient of its loss at the features, and the features with their graph."""
+    features = net.trunk(x)
+    leaf = features.detach().requires_grad_()
+    losses = net.head_losses((leaf,) * 3)
+    return [torch.autograd.grad(loss, leaf)[0] for loss in losses], features
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_equals_the_combination_by_hand(method: str) -> None:
+    net, x = LayerNet(METHODS[method]()), inputs()
+    rows, features = by_hand(net, x)
+    jacobian = torch.stack([r.flatten() for r in rows])
+    net(x).backward()
+    result = net.surgery.result
+    torch.testing.assert_close(result.gramian, jacobian @ jacobian.T, rtol=1e-12, atol=0)
+    assert result.weights.shape == (3,)
+    (direction,) = weighted_sum([[r] for r in rows], result.weights)
+    assert_grads(net.trunk.parameters(), torch.autograd.grad(features, [*net.trunk.parameters()], direction))
+    plain = torch.autograd.grad(sum(net.head_losses((features.detach(),) * 3)), [*net.heads.parameters()])
+    assert_grads(net.heads.parameters(), plain)
+
+
+def test_with_mgda_it_is_mgda_ub() -> None:
+    """The min-norm point over the whole batch's feature gradients: all products equal on the support, none smaller."""
+    net, x = LayerNet(MGDA()), inputs()
+    rows, _ = by_hand(net, x)
+    jacobian = torch.stack([r.flatten() for r in rows])
+    net(x).backward()
+    weights = net.surgery.result.weights
+    assert_on_simplex(weights)
+    direction = weights @ jacobian
+    products = jacobian @ direction
+    square = direction @ direction
+    assert (products >= square - 1e-12).all()
+    torch.testing.assert_close(products[weights > 0], square.expand(int((weights > 0).sum())), rtol=1e-9, atol=1e-12)
+
+
+def test_total_of_losses_that_skip_it() -> None:
+    """`total` is a convenience: for methods that need no loss values the plain sum does as well."""
+    net, x = LayerNet(MGDA()), inputs()
+    net(x).backward()
+    expected = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    sum(net.losses(x)).backward()
+    assert_grads(net.parameters(), expected)
+
+
+def test_absent_tasks() -> None:
+    for name, make in METHODS.items():
+        net = LayerNet(make())
+        a, _, c = net.losses(inputs())
+        net.surgery.total([a, None, c]).backward()
+        weights = net.surgery.result.weights
+        assert weights[1] == 0
+        assert (weights[[0, 2]] != 0).all()  # MGDA would give all weight to a task with a zero gradient
+        assert net.heads[1].weight.grad is None
+        net(inputs()).backward()
+        assert name == "MGDA" or net.surgery.result.weights[1] != 0
+
+
+def test_a_single_task() -> None:
+    surgery = FeatureSurgery(PCGrad(), num_tasks=1)
+    z = torch.randn(3, requires_grad=True)
+    (out,) = surgery(z)
+    surgery.total([out.pow(2).sum()]).backward()
+    torch.testing.assert_close(z.grad, 2 * z.detach())
+
+
+def test_features_of_any_strides_and_dtype() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        z = torch.randn(2, 3, 4, 5).to(dtype).contiguous(memory_format=torch.channels_last).requires_grad_()
+        surgery = FeatureSurgery(MGDA(), num_tasks=2)
+        a, b = surgery(z)
+        surgery.total([(a.float() * 2).sum(), (b.float() * 4).sum()]).backward()
+        assert z.grad.dtype == dtype
+        torch.testing.assert_close(z.grad, torch.full_like(z, 2.0))
+
+
+# ---- identity --------------------------------------------------------------------------------------------------------
+
+
+def test_identity_where_nothing_is_learned() -> None:
+    net = LayerNet(PCGrad())
+    features = torch.randn(4, 6, dtype=torch.float64, requires_grad=True)
+    with assert_untouched(net):
+        net.eval()
+        assert all(z is features for z in net.surgery(features))
+        net.surgery.total(net.losses(inputs())).backward()
+        net.zero_grad()
+        net.train()
+        with torch.no_grad():
+            assert all(z is features for z in net.surgery(features))
+            net(inputs())
+        assert all(z is not features for z in net.surgery(features))
+        frozen = features.detach()
+        assert all(z is frozen for z in net.surgery(frozen))
+
+
+def test_eval_gives_plain_gradients() -> None:
+    net, x = LayerNet(PCGrad()).eval(), inputs()
+    net(x).backward()
+    found = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    sum(net.head_losses((net.trunk(x),) * 3)).backward()
+    assert_grads(net.parameters(), found)
+
+
+def test_a_head_that_writes_in_place_raises_in_training() -> None:
+    """It would corrupt its siblings' features."""
+    net = LayerNet(PCGrad())
+    z, *_ = net.surgery(net.trunk(inputs()))
+    with pytest.raises(RuntimeError, match="inplace|in-place"):
+        z.relu_()
+
+
+# ---- losses, scaler, precision ---------------------------------------------------------------------------------------
+
+
+def test_methods_that_need_losses_get_them_from_total() -> None:
+    method = GradNorm(scale_heads=False)
+    net, x = LayerNet(method), inputs()
+    values = [float(v.detach()) for v in net.losses(x)]
+    with assert_untouched(net.trunk, method), pytest.raises(ValueError, match=r"GradNorm needs the losses: call surgery.total"):
+        sum(net.losses(x)).backward()
+    net(x).backward()
+    assert method.initial_losses.tolist() == values
+    with pytest.raises(ValueError, match=r"GradNorm needs the losses"):  # those of the last step are not this step's
+        sum(net.losses(x)).backward()
+
+
+def test_equals_parameter_level_with_the_gramian_on_the_features() -> None:
+    """GradNorm's state after some steps is that of an independent run on feature gradients."""
+    net, reference = LayerNet(GradNorm(scale_heads=False)), GradNorm(scale_heads=False)
+    for _ in range(3):
+        x = inputs()
+        rows, _ = by_hand(net, x)
+        jacobian = torch.stack([r.flatten() for r in rows])
+        losses = torch.stack([v.detach() for v in net.losses(x)])
+        expected = reference(jacobian @ jacobian.T, losses=losses)
+        net(x).backward()
+        torch.testing.assert_close(net.surgery.result.weights, expected)
+        torch.testing.assert_close(net.surgery.method.weights, reference.weights)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_casting_the_model_does_not_round_loss_values(dtype: torch.dtype) -> None:
+    surgery = FeatureSurgery(GradNorm(scale_heads=False), num_tasks=2).to(dtype)
+    z = torch.ones(2, requires_grad=True)
+    a, b = surgery(z)
+    losses = [a.sum() * 100_000.0, b.sum() * 1.2345678]
+    surgery.total(losses).backward()
+    assert surgery.method.initial_losses.tolist() == [float(x.detach()) for x in losses]
+
+
+def test_a_loss_weighting_weighs_the_losses() -> None:
+    weighting = UncertaintyWeighting(3, init=0.5)
+    net, x = LayerNet(weighting), inputs()
+    total = net(x)
+    total.backward()
+    found = [p.grad.clone() for p in net.parameters()]
+    net.zero_grad()
+    expected = weighting(net.head_losses((net.trunk(x),) * 3))
+    torch.testing.assert_close(total.detach(), expected.detach())
+    expected.backward()
+    assert_grads(net.parameters(), found)
+    assert any(p is weighting.s for p in net.parameters())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_scaler(method: str) -> None:
+    """Neither the method nor its state sees the loss scale."""
+    found = []
+    for scale in (1.0, 2.0**14):
+        torch.manual_seed(3)
+        scaler = torch.amp.GradScaler("cpu", init_scale=scale)
+        net = LayerNet(METHODS[method](), scaler=scaler)
+        for _ in range(2):
+            net.zero_grad()
+            scaler.scale(net(inputs())).backward()
+        result = net.surgery.result
+        grads = [p.grad / scale for p in net.parameters()]
+        found.append([result.weights, result.gramian, *net.surgery.method.state_dict().values(), *grads])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["PCGrad", "GradVac", "GradNorm"])
+def test_an_overflow_leaves_the_state_alone(method: str) -> None:
+    net = LayerNet(METHODS[method]())
+    net(inputs()).backward()
+    net.zero_grad()
+    with assert_untouched(net.surgery.method):
+        losses = net.losses(inputs())
+        net.surgery.total([losses[0], losses[1] * math.inf, losses[2]]).backward()
+    assert all(p.grad.isnan().all() for p in net.trunk.parameters())
+    net.zero_grad()
+    net(inputs()).backward()
+    assert net.surgery.result.weights.isfinite().all()
+
+
+def test_drop_task() -> None:
+    net = LayerNet(PCGrad(), nonfinite="drop_task")
+    a, b, c = net.losses(inputs())
+    net.surgery.total([a, b * math.nan, c]).backward()
+    assert net.surgery.result.weights[1] == 0
+    assert all(p.grad.isfinite().all() for p in net.trunk.parameters())
+
+
+def test_autocast() -> None:
+    net, x = LayerNet(MGDA()).float(), inputs(torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        zs = net.surgery(net.trunk(x))
+        assert zs[0].dtype == torch.bfloat16
+        total = net.surgery.total(net.head_losses(zs))
+    total.backward()
+    assert_on_simplex(net.surgery.result.weights)
+    assert all(p.grad.dtype == torch.float32 and p.grad.isfinite().all() for p in net.parameters())
+
+
+# ---- copies, derivatives ---------------------------------------------------------------------------------------------
+
+
+def pickled(net: LayerNet) -> LayerNet:
+    file = io.BytesIO()
+    torch.save(net, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_a_copy_has_its_own_method(copied: Callable[[LayerNet], LayerNet]) -> None:
+    net = LayerNet(GradVac())
+    net(inputs()).backward()
+    twin = copied(net)
+    assert_same_state(net, twin)
+    assert twin.surgery.result is None
+    with assert_untouched(net.surgery):
+        twin(inputs()).backward()
+    assert twin.surgery.method.rng[1] == 2
+    assert twin.surgery.result is not None
+
+
+def test_state_dict_round_trip() -> None:
+    """A fresh model goes on exactly as the first."""
+    net = LayerNet(GradVac())
+    for _ in range(2):
+        net(inputs()).backward()
+    fresh = LayerNet(GradVac())
+    fresh.load_state_dict(net.state_dict(), strict=True)
+    x = inputs()
+    for model in (net, fresh):
+        model.zero_grad()
+        model(x).backward()
+    assert_same_state(net, fresh)
+    assert_grads(fresh.parameters(), [p.grad for p in net.parameters()], rtol=0)
+
+
+def test_the_layer_adds_nothing_to_the_state_but_the_methods() -> None:
+    assert [*FeatureSurgery(MGDA(), 2).state_dict()] == []
+    assert all(name.startswith("method.") for name in FeatureSurgery(GradVac(), 2).state_dict())
+
+
+def test_no_double_backward() -> None:
+    net = LayerNet(PCGrad())
+    total = net(inputs())
+    with pytest.raises(RuntimeError, match="cannot be differentiated twice"):
+        torch.autograd.grad(total, [*net.trunk.parameters()], create_graph=True)
+
+
+def test_errors() -> None:
+    with pytest.raises(TypeError, match="did you mean to construct it"):
+        FeatureSurgery(MGDA, 2)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="num_tasks.*0"):
+        FeatureSurgery(MGDA(), 0)
+    with pytest.raises(ValueError, match="GradNorm: a layer cannot scale the heads.*scale_heads=False"):
+        FeatureSurgery(GradNorm(), 2)
+    for policy in ("skip", "raise", "ignore"):
+        with pytest.raises(ValueError, match=f"nonfinite.*'{policy}'"):
+            FeatureSurgery(MGDA(), 2, nonfinite=policy)
+    with pytest.raises(ValueError, match="would hide overflows"):
+        FeatureSurgery(MGDA(), 2, nonfinite="drop_task", scaler=torch.amp.GradScaler("cpu"))
+    surgery = FeatureSurgery(MGDA(), 2)
+    with pytest.raises(TypeError, match="features.*tuple"):
+        surgery((torch.ones(2),))  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="losses: expected 2 tasks, found 1"):
+        surgery.total([torch.tensor(1.0)])
+
+
+# ---- torch.compile ---------------------------------------------------------------------------------------------------
+
+
+def whole(net: LayerNet, **options: Any) -> Callable[[Tensor], Tensor]:
+    return torch.compile(net, fullgraph=True, **options)
+
+
+def trunk_and_layer(net: LayerNet, **options: Any) -> Callable[[Tensor], Tensor]:
+    """What leaves the compiled graph are the layer's outputs; the heads are eager."""
+
+    def compiled_part(x: Tensor) -> tuple[Tensor, ...]:
+        return net.surgery(net.trunk(x))
+
+    compiled = torch.compile(compiled_part, fullgraph=True, **options)
+    return lambda x: net.surgery.total(net.head_losses(compiled(x)))
+
+
+def graph_break_after_the_layer(net: LayerNet, **options: Any) -> Callable[[Tensor], Tensor]:
+    def forward(x: Tensor) -> Tensor:
+        zs = net.surgery(net.trunk(x))
+        torch._dynamo.graph_break()
+        return net.surgery.total(net.head_losses(zs))
+
+    return torch.compile(forward, **options)
+
+
+def assert_as_eager(net: LayerNet, run: Callable[[Tensor], Tensor], steps: int = 3) -> None:
+    """Some training steps, so that state and random orders must go on too."""
+    eager = copy.deepcopy(net)
+    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (net, eager)]
+    for _ in range(steps):
+        x = inputs()
+        for optimizer, forward in zip(optimizers, (run, eager), strict=True):
+            optimizer.zero_grad()
+            forward(x).backward()
+        torch.testing.assert_close(net.surgery.result.weights, eager.surgery.result.weights, rtol=1e-8, atol=1e-10)
+        for p, q in zip(net.parameters(), eager.parameters(), strict=True):
+            torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10)
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(net.state_dict().values(), eager.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
+
+
+@pytest.fixture
+def compiler() -> Iterator[None]:
+    """A fresh one, whose own warnings are not ours."""
+    torch._dynamo.reset()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", module=r"torch\..*")
+        yield
+
+
+@pytest.mark.usefixtures("compiler")
+@pytest.mark.parametrize("compile_", [whole, trunk_and_layer, graph_break_after_the_layer])
+@pytest.mark.parametrize("method", ["GradVac", "GradNorm"])
+def test_compiled_equals_eager(method: str, compile_: Callable[..., Callable[[Tensor], Tensor]]) -> None:
+    net = LayerNet(METHODS[method]())
+    assert_as_eager(net, compile_(net, backend="aot_eager"))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compiled_by_inductor_equals_eager() -> None:
+    net = LayerNet(GradVac())
+    assert_as_eager(net, whole(net))
+
+
+@pytest.mark.usefixtures("compiler")
+def test_compiled_with_absent_tasks() -> None:
+    """Which tasks are there may change from step to step."""
+    net = LayerNet(GradNorm(scale_heads=False))
+    eager = copy.deepcopy(net)
+
+    def forward(model: LayerNet, x: Tensor, absent: int | None) -> Tensor:
+        losses: list[Tensor | None] = [*model.losses(x)]
+        if absent is not None:
+            losses[absent] = None
+        return model.surgery.total(losses)
+
+    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+    for absent in (None, 1, None, 2):
+        x = inputs()
+        for model, run in ((net, compiled), (eager, forward)):
+            model.zero_grad()
+            run(model, x, absent).backward()
+        torch.testing.assert_close(net.surgery.result.weights, eager.surgery.result.weights)
+        if absent is not None:
+            assert net.surgery.result.weights[absent] == 0
+        assert_grads(net.trunk.parameters(), [p.grad for p in eager.trunk.parameters()], rtol=1e-9)

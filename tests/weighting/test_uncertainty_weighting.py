@@ -1,0 +1,92 @@
+"""Uncertainty weighting against its formula."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from fastmtl import UncertaintyWeighting
+
+KINDS = ["regression", "classification", "regression"]
+
+
+def test_value_and_every_slope() -> None:
+    weighting = UncertaintyWeighting(3, KINDS)
+    s = torch.tensor([0.3, -1.2, 2.0])
+    weighting.s.data.copy_(s)
+    losses = torch.tensor([1.5, 0.2, 4.0], requires_grad=True)
+    total = weighting(losses)
+    factor = torch.tensor([0.5, 1.0, 0.5])
+    expected = sum(f * math.exp(-x) * v + x / 2 for f, x, v in zip([0.5, 1, 0.5], s.tolist(), losses.tolist(), strict=True))
+    assert total.item() == pytest.approx(expected, rel=1e-6)
+    total.backward()
+    torch.testing.assert_close(losses.grad, factor * torch.exp(-s))
+    torch.testing.assert_close(weighting.s.grad, 0.5 - factor * torch.exp(-s) * losses.detach())
+
+
+def test_optimum_is_the_loss_itself() -> None:
+    """d/ds = 0 where the variance equals the loss (regression) or twice the loss (classification)."""
+    weighting = UncertaintyWeighting(2, KINDS[:2])
+    weighting.s.data.copy_(torch.tensor([3.0, 2 * 3.0]).log())
+    weighting(torch.tensor([3.0, 3.0])).backward()
+    torch.testing.assert_close(weighting.s.grad, torch.zeros(2), atol=1e-6, rtol=0)
+
+
+def test_absent_tasks_take_no_part() -> None:
+    weighting = UncertaintyWeighting(3, KINDS, init=0.7)
+    a, c = torch.tensor(1.0), torch.tensor(2.0)
+    total = weighting([a, None, c])
+    assert total.item() == pytest.approx(0.5 * math.exp(-0.7) * 3 + 0.7)
+    total.backward()
+    assert weighting.s.grad[1] == 0
+    assert (weighting.s.grad[[0, 2]] != 0).all()
+
+
+def test_slopes() -> None:
+    weighting = UncertaintyWeighting(3, KINDS, init=0.7)
+    with torch.no_grad():  # works wherever it is called
+        total, weights = weighting.slopes((torch.tensor(1.0), None, torch.tensor(2.0)))
+    torch.testing.assert_close(weights, torch.tensor([0.5, 0, 0.5]).double() * math.exp(-0.7), rtol=1e-6, atol=0)
+    assert weights.dtype == torch.float64
+    total.backward()
+    assert weighting.s.grad is not None
+
+
+def test_low_precision_losses_are_widened() -> None:
+    losses = torch.tensor([1.0, 2.0, 3.0], dtype=torch.bfloat16)
+    assert UncertaintyWeighting(3)(losses).dtype == torch.float32
+    assert UncertaintyWeighting(3)(losses.double()).dtype == torch.float64
+
+
+def test_learns_the_weights_with_an_optimizer() -> None:
+    weighting = UncertaintyWeighting(2, "regression")
+    group = weighting.parameter_group(lr=0.5)
+    assert group["weight_decay"] == 0
+    optimizer = torch.optim.SGD([group], lr=1e-9, weight_decay=10.0)
+    for _ in range(200):
+        optimizer.zero_grad()
+        weighting(torch.tensor([4.0, 0.25])).backward()
+        optimizer.step()
+    torch.testing.assert_close(weighting.s.detach().exp(), torch.tensor([4.0, 0.25]), rtol=1e-3, atol=0)
+
+
+def test_state_dict_is_the_parameter_alone() -> None:
+    weighting = UncertaintyWeighting(2, init=1.5)
+    assert [*weighting.state_dict()] == ["s"]
+    fresh = UncertaintyWeighting(2)
+    fresh.load_state_dict(weighting.state_dict(), strict=True)
+    assert torch.equal(fresh.s, weighting.s)
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="num_tasks.*0"):
+        UncertaintyWeighting(0)
+    with pytest.raises(ValueError, match="kind of task 1.*'ranking'"):
+        UncertaintyWeighting(2, ["regression", "ranking"])
+    with pytest.raises(ValueError, match=r"kind: expected one per task \(3\), found 2"):
+        UncertaintyWeighting(3, ["regression", "ranking"])
+    for losses in ([torch.tensor(1.0)], [torch.tensor(1.0), None, None]):
+        with pytest.raises(ValueError, match="losses: expected 2 tasks, found"):
+            UncertaintyWeighting(2)(losses)
