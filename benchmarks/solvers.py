@@ -76,4 +76,4 @@ def _min_norm(report: Report, gramian: Tensor) -> None:
 
 
 if __name__ == "__main__":
-    main(run, threads=1)
+    main(run, threads=1, clock="cpu")

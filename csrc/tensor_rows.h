@@ -260,6 +260,8 @@ class TensorRows {
   void add_separate(int64_t p, const TensorList& list, AtenTensorHandle output, int64_t group) {
     const void** to = pointers_.data() + p * num_tasks_;
     AtenTensorHandle reference = output;  // the tensor whose shape and strides the rows must have
+    std::optional<TensorView> expected;
+    if (output) expected.emplace(output);
     for (int64_t t = 0; t < num_tasks_; ++t) {
       AtenTensorHandle h = list[p * num_tasks_ + t];
       if (!h) {
@@ -268,16 +270,16 @@ class TensorRows {
       }
       TensorView v(h);
       check_device(v, p);
-      if (!reference) {
+      if (!expected) {
         if (!is_dense(v)) {
           h = keep(torch::stable::contiguous(borrow(h)));
           v = TensorView(h);
         }
         reference = h;
+        expected = v;
       } else {
-        TensorView r(reference);
-        check_like(v, r, p, t);
-        if (!same_strides(v, r)) {
+        check_like(v, *expected, p, t);
+        if (!same_strides(v, *expected)) {
           h = keep(torch::stable::empty_like(borrow(reference)));
           torch::stable::copy_(owned_.back(), borrow(list[p * num_tasks_ + t]));
           v = TensorView(h);
@@ -286,20 +288,19 @@ class TensorRows {
       to[t] = v.data;
     }
     references_.push_back(reference);
-    if (!reference) {
+    if (!expected) {
       params_.push_back({to, 0, Scalar::f32, static_cast<int32_t>(group)});
       return;
     }
-    TensorView r(reference);
-    check_device(r, p);
-    params_.push_back({to, r.numel, scalar(r, p), static_cast<int32_t>(group)});
+    check_device(*expected, p);
+    params_.push_back({to, expected->numel, scalar(*expected, p), static_cast<int32_t>(group)});
   }
 
   void check_like(const TensorView& v, const TensorView& r, int64_t p, int64_t t) const {
-    std::string where = "parameter " + std::to_string(p) + ", task " + std::to_string(t) + ": ";
+    auto where = [&] { return "parameter " + std::to_string(p) + ", task " + std::to_string(t) + ": "; };
     if (!same_sizes(v, r))
-      fail(where + "gradient of shape " + shape_text(v.sizes, v.dim) + ", expected " + shape_text(r.sizes, r.dim));
-    if (v.dtype != r.dtype) fail(where + "gradient of another dtype than the parameter's other gradients");
+      fail(where() + "gradient of shape " + shape_text(v.sizes, v.dim) + ", expected " + shape_text(r.sizes, r.dim));
+    if (v.dtype != r.dtype) fail(where() + "gradient of another dtype than the parameter's other gradients");
   }
   static bool is_row_major(const TensorView& v) {
     int64_t expected = 1;

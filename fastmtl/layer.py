@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmtl import ops
 from fastmtl.engine import Method, check_method, decide, scale_of, unscaled
-from fastmtl.losses import Losses, LossesLike, parse_losses
+from fastmtl.losses import Losses, LossesLike, parse_losses, stack_scalars
 from fastmtl.result import Result
 from fastmtl.rows import Rows
 from fastmtl.weighting.base import LossWeighting
@@ -171,7 +171,7 @@ class FeatureSurgery(nn.Module):
                         self.present[t] = False
             self._has_losses = True
             self._all_present = all(x is not None for x in parsed.items)
-        return torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in parsed.present]).sum()
+        return stack_scalars(parsed.present).sum()
 
     def _weigh(self, gramian: Tensor) -> Tensor:
         assert not isinstance(self.method, LossWeighting)

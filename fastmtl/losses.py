@@ -39,7 +39,8 @@ class Losses:
 
     def values(self) -> Tensor:
         """``[T]`` float64, detached, NaN for absent tasks."""
-        values = torch.stack([x.detach().to(torch.float64) for x in self.present])
+        with torch.no_grad():
+            values = stack_scalars(self.present).to(torch.float64)
         if len(values) == len(self):
             return values
         parts, it = [], iter(values.unbind(0))
@@ -47,6 +48,15 @@ class Losses:
         for x in self.items:
             parts.append(nan if x is None else next(it))
         return torch.stack(parts)
+
+
+def stack_scalars(scalars: Sequence[Tensor]) -> Tensor:
+    """``[n]`` from n scalars, in their common dtype, float32 or wider."""
+    dtypes = {x.dtype for x in scalars}
+    if len(dtypes) == 1 and dtypes <= {torch.float32, torch.float64}:
+        return torch.stack(list(scalars))
+    wide = torch.float64 if torch.float64 in dtypes else torch.float32
+    return torch.stack([x.to(wide) for x in scalars])
 
 
 def parse_losses(losses: LossesLike, differentiable: bool = True) -> Losses:

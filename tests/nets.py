@@ -76,7 +76,12 @@ class Checkpointed(nn.Module):
 
 def conv_batchnorm() -> nn.Module:
     return nn.Sequential(
-        nn.Unflatten(1, (1, 1, 5)), nn.Conv2d(1, 4, (1, 3)), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(12, 6)
+        nn.Unflatten(1, (1, 1, 5)),
+        nn.Conv2d(1, 4, (1, 3)),
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(12, 6),
     )
 
 

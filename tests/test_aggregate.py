@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import fastmtl
-from fastmtl import GradNorm, GradVac, MGDA, PCGrad, UncertaintyWeighting
+from fastmtl import MGDA, GradNorm, GradVac, PCGrad, UncertaintyWeighting
 from tests.asserts import assert_non_conflicting, assert_on_simplex, assert_untouched
 
 METHODS = [PCGrad, GradVac, MGDA]

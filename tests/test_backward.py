@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import fastmtl
-from fastmtl import GradNorm, GradVac, MGDA, PCGrad, UncertaintyWeighting
+from fastmtl import MGDA, GradNorm, GradVac, PCGrad, UncertaintyWeighting
 from tests import nets
 from tests.asserts import assert_on_simplex, assert_same_state, assert_untouched
 from tests.nets import assert_grads, jacobian_of, task_gradients, weighted_sum
@@ -184,7 +184,7 @@ def test_new_gradients_have_the_parameters_strides() -> None:
 def test_absent_tasks(method: str, filler: str) -> None:
     """They get weight 0 and the others what they would get alone; the parameters of their heads stay without."""
     model, make = nets.mlp(4), METHODS[method]
-    a, b, c, d = model.losses(inputs())
+    a, _, c, d = model.losses(inputs())
     torch.manual_seed(5)
     first = make()
     torch.manual_seed(5)
@@ -378,7 +378,10 @@ def test_scale_heads(filler: str) -> None:
 def test_scale_heads_knows_one_group_only() -> None:
     model = nets.mlp()
     method = Fixed(ones(3), scale_heads=True)
-    with assert_untouched(model, method), pytest.raises(ValueError, match="Fixed: scale_heads needs one group, found 2"):
+    with (
+        assert_untouched(model, method),
+        pytest.raises(ValueError, match="Fixed: scale_heads needs one group, found 2"),
+    ):
         fastmtl.backward(model.losses(inputs()), method, model.trunk, groups="layer")
 
 
@@ -723,7 +726,7 @@ def test_skip_and_raise_change_nothing(method: str, how: str, lean: bool) -> Non
         out = fastmtl.backward(broken(model, how), solver, model.trunk, nonfinite="skip", **more)
         assert out.weights.tolist() == [0, 0, 0]
         losses = dict(zip(["depth", "normals", "seg"], broken(model, how), strict=True))
-        with pytest.raises(FloatingPointError, match="not finite: normals$"):
+        with pytest.raises(FloatingPointError, match=r"not finite: normals$"):
             fastmtl.backward(losses, solver, model.trunk, nonfinite="raise", **more)
 
 

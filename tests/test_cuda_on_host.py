@@ -68,8 +68,13 @@ def run(command: Iterable[str | Path], **options: object) -> None:
 
 
 def headers(csrc: Path) -> bytes:
-    files = [*sorted(csrc.rglob("*.h")), *sorted(HOST.glob("*.h"))]
-    return b"".join(str(file.name).encode() + file.read_bytes() for file in files)
+    files = [
+        csrc / "rows.h",
+        *sorted(csrc.glob("cuda/*.h")),
+        *sorted(csrc.glob("solvers/*.h")),
+        *sorted(HOST.glob("*.h")),
+    ]
+    return b"".join(file.name.encode() + file.read_bytes() for file in files)
 
 
 def compile_object(source: Path, flags: list[str], csrc: Path = CSRC) -> Path:

@@ -26,7 +26,9 @@ def wide(params: Params) -> list[Tensor]:
     out = []
     for rows in params:
         like = next(r for r in rows if r is not None)
-        out.append(torch.stack([torch.zeros_like(like) if r is None else r for r in rows]).unsqueeze(1).flatten(1).double())
+        out.append(
+            torch.stack([torch.zeros_like(like) if r is None else r for r in rows]).unsqueeze(1).flatten(1).double()
+        )
     return out
 
 
@@ -435,7 +437,7 @@ def test_the_raw_operators_check_what_they_read() -> None:
 
 
 def test_unknown_order() -> None:
-    with pytest.raises(ValueError, match="order.*'sideways'"):
+    with pytest.raises(ValueError, match=r"order.*'sideways'"):
         ops.pcgrad(torch.eye(2, dtype=torch.float64).unsqueeze(0), order="sideways")
 
 
@@ -554,7 +556,12 @@ def everything(jacobian: Tensor, params: list[Tensor], apart: list[Tensor], rng:
 
 
 def test_compile_without_a_graph_break() -> None:
-    args = (torch.randn(3, 12), [torch.randn(3, 4), torch.randn(3, 2, 2)], [*torch.randn(3, 3, 4)], torch.tensor([5, 0]))
+    args = (
+        torch.randn(3, 12),
+        [torch.randn(3, 4), torch.randn(3, 2, 2)],
+        [*torch.randn(3, 3, 4)],
+        torch.tensor([5, 0]),
+    )
     compiled = torch.compile(everything, fullgraph=True, backend="aot_eager")
     for _ in range(2):
         for found, expected in zip(compiled(*args), everything(*args), strict=True):
@@ -598,9 +605,9 @@ def test_fake_tensors_have_the_real_ones_shapes_dtypes_and_strides() -> None:
 
 def test_backward_through_an_operator_says_that_there_is_none() -> None:
     x = torch.randn(3, 5, requires_grad=True)
-    with pytest.raises(RuntimeError, match="fastmtl.ops.gram is not differentiable"):
+    with pytest.raises(RuntimeError, match=r"fastmtl.ops.gram is not differentiable"):
         ops.gram(x).sum().backward()
-    with pytest.raises(RuntimeError, match="fastmtl.ops.combine is not differentiable"):
+    with pytest.raises(RuntimeError, match=r"fastmtl.ops.combine is not differentiable"):
         ops.combine(x, torch.ones(3)).sum().backward()
     gramian = torch.eye(3, dtype=torch.float64).unsqueeze(0).requires_grad_()
     results = {

@@ -14,7 +14,15 @@ def test_module_parameters_and_names_mean_the_same() -> None:
     model = nets.mlp()
     expected = [*model.trunk.parameters()]
     names = [f"trunk.{name}" for name, _ in model.trunk.named_parameters()]
-    for params in (model.trunk, [*model.trunk], model.trunk.parameters(), expected, "trunk", names, ["trunk.0", "trunk.2"]):
+    for params in (
+        model.trunk,
+        [*model.trunk],
+        model.trunk.parameters(),
+        expected,
+        "trunk",
+        names,
+        ["trunk.0", "trunk.2"],
+    ):
         found = resolve_params(params, model, "shared_params")
         assert [id(p) for p in found.values()] == [id(p) for p in expected]
         assert [*found] == names
@@ -76,7 +84,11 @@ def test_groups_by_keyword() -> None:
 def test_explicit_groups() -> None:
     model = nets.mlp()
     params = resolve_params(model.trunk, model, "shared_params")
-    for groups in ([model.trunk[2], model.trunk[0]], ["trunk.2", "trunk.0"], [[*model.trunk[2].parameters()], "trunk.0"]):
+    for groups in (
+        [model.trunk[2], model.trunk[0]],
+        ["trunk.2", "trunk.0"],
+        [[*model.trunk[2].parameters()], "trunk.0"],
+    ):
         assert resolve_groups(groups, params, model) == ([1, 1, 0, 0], 2)
 
 

@@ -64,9 +64,14 @@ def test_backward_filler_puts_gradients_back_after_an_error() -> None:
     before = [torch.randn_like(p) for p in params]
     for p, grad in zip(params, before, strict=True):
         p.grad = grad
-    with pytest.raises(RuntimeError, match="second time"), ThroughBackward(params) as run:
-        run([loss], [None], False)
-        run([loss], [None], False)
+
+    def twice() -> None:
+        with ThroughBackward(params) as run:
+            run([loss], [None], False)
+            run([loss], [None], False)
+
+    with pytest.raises(RuntimeError, match="second time"):
+        twice()
     assert all(p.grad is grad for p, grad in zip(params, before, strict=True))
 
 

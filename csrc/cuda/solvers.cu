@@ -122,7 +122,7 @@ __global__ void __launch_bounds__(kWarp, 1) min_norm_warp_kernel(Problems proble
   solve_min_norm(WarpTeam(), problems, args, scratch);
 }
 
-__global__ void __launch_bounds__(kBlock) min_norm_block_kernel(Problems problems, MinNorm args, double* scratch) {
+__global__ void __launch_bounds__(kBlock, 1) min_norm_block_kernel(Problems problems, MinNorm args, double* scratch) {
   SHARED(BlockTeam<kBlock>::Memory, memory, [1]);
   solve_min_norm(BlockTeam<kBlock>(memory), problems, args, scratch);
 }

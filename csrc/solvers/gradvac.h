@@ -19,7 +19,7 @@
 namespace fastmtl {
 
 // Doubles of scratch for one row: v [T], |g_j| [T] and the order.
-constexpr int64_t gradvac_row_scratch(int num_tasks) {
+FASTMTL_HD constexpr int64_t gradvac_row_scratch(int num_tasks) {
   return 2 * static_cast<int64_t>(num_tasks) + (order_scratch_words(num_tasks) + 1) / 2;
 }
 

@@ -24,7 +24,7 @@
 namespace fastmtl {
 
 // Doubles of scratch for one problem: the triangle, six vectors, and the states (int32) of the tasks.
-constexpr int64_t min_norm_scratch(int num_tasks) {
+FASTMTL_HD constexpr int64_t min_norm_scratch(int num_tasks) {
   const int64_t t = num_tasks;
   return t * (t + 1) / 2 + 6 * t + (t + 1) / 2;
 }

@@ -22,7 +22,7 @@
 namespace fastmtl {
 
 // int32 words: the order [T], and the shuffle's draws [T] behind it.
-constexpr int64_t order_scratch_words(int num_tasks) { return 2 * static_cast<int64_t>(num_tasks); }
+FASTMTL_HD constexpr int64_t order_scratch_words(int num_tasks) { return 2 * static_cast<int64_t>(num_tasks); }
 
 namespace detail {
 

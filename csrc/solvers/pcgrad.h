@@ -17,7 +17,9 @@
 namespace fastmtl {
 
 // Doubles of scratch for one row: v [T] and the order.
-constexpr int64_t pcgrad_row_scratch(int num_tasks) { return num_tasks + (order_scratch_words(num_tasks) + 1) / 2; }
+FASTMTL_HD constexpr int64_t pcgrad_row_scratch(int num_tasks) {
+  return num_tasks + (order_scratch_words(num_tasks) + 1) / 2;
+}
 
 // coefficients [T] = c of the given row, zeros where it is absent; the weights are their sum over the rows (in the
 // order of the rows), divided by the number of present tasks for the mean. The Gramian must be finite.

@@ -97,10 +97,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     from . import train
     from .data import REVIEWS, DataError, load_reviews, make_dataset
+    from .methods import METHODS, Settings
     from .report import notes, table
 
     try:
-        options = parse(sys.argv[1:] if argv is None else argv, list(train.METHODS))
+        options = parse(sys.argv[1:] if argv is None else argv, list(METHODS))
         options.out.mkdir(parents=True, exist_ok=True)
         if not os.access(options.out, os.W_OK):
             raise UsageError(f"cannot write to {options.out}")
@@ -113,9 +114,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     torch.set_num_threads(options.threads)
 
-    settings = train.Settings(options.methods, options.steps, options.seed)
+    settings = Settings(options.methods, options.steps, options.seed)
     if options.quick:
-        settings = train.Settings(options.methods, steps=16, seed=options.seed, probes=2, timed_turns=1)
+        settings = Settings(options.methods, steps=16, seed=options.seed, probes=2, timed_turns=1)
     print(
         f"{len(data.train.labels):,} clothing reviews to train on, {len(data.held_out.labels):,} held out, "
         f"{len(data.tasks)} tasks; {settings.steps} steps of {settings.batch} reviews by each method, "

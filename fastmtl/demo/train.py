@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,189 +13,11 @@ from torch import Tensor
 import fastmtl
 
 from .data import Dataset
-from .model import Net, auc, multi_task_net, single_task_nets, task_losses
-from .pair_loop import pcgrad_by_pairs
+from .methods import METHODS, Settings, Trainer
+from .model import auc
 
 BLOCK = 8  # steps that one method makes before the next has its turn
 PROBE_ROWS = 512
-
-
-@dataclass(frozen=True)
-class Settings:
-    """What one run of the demo is to do."""
-
-    methods: tuple[str, ...]
-    steps: int
-    seed: int
-    batch: int = 256
-    lr: float = 5e-3
-    probes: int = 12
-    timed_turns: int = 8  # of a method that is only timed
-
-
-class Trainer:
-    """One method with its own net and optimizer: Adam, its learning rate falling linearly to zero.
-
-    Args:
-        data: tasks and rows.
-        settings: steps, seed and learning rate.
-    """
-
-    shared = True  # the net has a trunk that all tasks share
-    trained = True  # makes all steps; otherwise only a few, to be timed
-
-    def __init__(self, data: Dataset, settings: Settings) -> None:
-        torch.manual_seed(settings.seed)
-        self.num_tasks = len(data.tasks)
-        self.model = self.make_model(data.train.inputs.shape[1])
-        groups = [{"params": list(self.model.parameters())}, *self.method_parameters()]
-        self.optimizer = torch.optim.Adam(groups, lr=settings.lr)
-        self.schedule = torch.optim.lr_scheduler.LambdaLR(self.optimizer, lambda step: 1 - step / settings.steps)
-
-    def make_model(self, num_inputs: int) -> Net:
-        """Returns the net to train."""
-        return multi_task_net(num_inputs, self.num_tasks)
-
-    def method_parameters(self) -> list[dict[str, Any]]:
-        """Returns parameter groups for the optimizer that belong to the method itself."""
-        return []
-
-    def losses(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Returns the tasks' losses [T] on a batch."""
-        return task_losses(self.model(inputs), labels)
-
-    def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Fills ``.grad`` and returns the weights [T] that the losses or gradients got. Here: one each."""
-        self.losses(inputs, labels).sum().backward()
-        return torch.ones(self.num_tasks)
-
-    def step(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """Makes one training step and returns the weights [T]."""
-        self.optimizer.zero_grad()
-        weights = self.backward(inputs, labels)
-        self.optimizer.step()
-        self.schedule.step()
-        return weights
-
-
-class SingleTasks(Trainer):
-    """One small net per task."""
-
-    shared = False
-
-    def make_model(self, num_inputs: int) -> Net:
-        """See `Trainer.make_model`."""
-        return single_task_nets(num_inputs, self.num_tasks)
-
-
-class ParameterLevel(Trainer):
-    """A gradient method on the T gradients of the trunk's parameters: T backward passes."""
-
-    def __init__(self, make_method: Callable[[], fastmtl.GradientMethod], data: Dataset, settings: Settings) -> None:
-        super().__init__(data, settings)
-        self.method = make_method()
-
-    def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """See `Trainer.backward`."""
-        losses = self.losses(inputs, labels)
-        return fastmtl.backward(losses, self.method, shared_params=self.model.trunk).weights
-
-
-class LastLayerNorms(ParameterLevel):
-    """GradNorm, whose paper takes the norms over the last shared layer: T short backward passes and a whole one."""
-
-    def __init__(self, data: Dataset, settings: Settings) -> None:
-        super().__init__(fastmtl.GradNorm, data, settings)
-
-    def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """See `Trainer.backward`."""
-        losses, trunk = self.losses(inputs, labels), self.model.trunk
-        last_layer = trunk[-2]  # a ReLU comes after it
-        return fastmtl.backward(losses, self.method, shared_params=trunk, gramian_params=last_layer).weights
-
-
-class FeatureLevel(Trainer):
-    """A gradient method as a layer behind the trunk: one backward pass."""
-
-    def __init__(self, make_method: Callable[[], fastmtl.GradientMethod], data: Dataset, settings: Settings) -> None:
-        super().__init__(data, settings)
-        self.surgery = fastmtl.FeatureSurgery(make_method(), num_tasks=self.num_tasks)
-
-    def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """See `Trainer.backward`."""
-        features = self.surgery(self.model.trunk(inputs))
-        losses = task_losses(self.model.heads(torch.stack(features, dim=1)), labels)
-        self.surgery.total(losses).backward()
-        assert self.surgery.result is not None  # of the backward pass just made
-        return self.surgery.result.weights
-
-
-class Uncertainty(Trainer):
-    """Loss weights that are learned with the net: one backward pass."""
-
-    def method_parameters(self) -> list[dict[str, Any]]:
-        """See `Trainer.method_parameters`."""
-        self.weighting = fastmtl.UncertaintyWeighting(num_tasks=self.num_tasks, kind="classification")
-        return [self.weighting.parameter_group()]
-
-    def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """See `Trainer.backward`."""
-        losses = self.losses(inputs, labels)
-        losses.retain_grad()
-        self.weighting(losses).backward()
-        assert losses.grad is not None  # it was retained
-        return losses.grad  # the derivative of the weighted sum by each loss
-
-
-class PassesOnly(Trainer):
-    """T backward passes whose gradients are merely added: what parameter level costs before any surgery."""
-
-    trained = False
-
-    def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """See `Trainer.backward`."""
-        losses = self.losses(inputs, labels)
-        for loss in losses:
-            loss.backward(retain_graph=True)
-        return torch.ones(self.num_tasks)
-
-
-class PairLoop(Trainer):
-    """PCGrad by a Python loop over pairs."""
-
-    trained = False
-
-    def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """See `Trainer.backward`."""
-        losses = self.losses(inputs, labels)
-        heads = list(self.model.heads.parameters())
-        for param, grad in zip(heads, torch.autograd.grad(losses.sum(), heads, retain_graph=True), strict=True):
-            param.grad = grad
-        pcgrad_by_pairs(list(losses), list(self.model.trunk.parameters()))
-        return torch.full((self.num_tasks,), math.nan)
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One line of the closing table: its label, and what makes its trainer."""
-
-    label: str
-    make: Callable[[Dataset, Settings], Trainer]
-
-
-METHODS = {
-    "sum": Entry("summed loss", Trainer),
-    "uncertainty": Entry("UncertaintyWeighting", Uncertainty),
-    "gradnorm": Entry("GradNorm", LastLayerNorms),
-    "pcgrad": Entry("PCGrad", partial(ParameterLevel, fastmtl.PCGrad)),
-    "gradvac": Entry("GradVac", partial(ParameterLevel, fastmtl.GradVac)),
-    "mgda": Entry("MGDA", partial(ParameterLevel, fastmtl.MGDA)),
-    "pcgrad-features": Entry("PCGrad (features)", partial(FeatureLevel, fastmtl.PCGrad)),
-    "mgda-features": Entry("MGDA (features)", partial(FeatureLevel, fastmtl.MGDA)),
-    "single": Entry("one net per task", SingleTasks),
-    "passes": Entry("T backwards, no surgery", PassesOnly),
-    "pair-loop": Entry("PCGrad (pair loop)", PairLoop),
-}
 
 
 @dataclass
@@ -262,7 +81,7 @@ def cosines(trainer: Trainer, inputs: Tensor, labels: Tensor) -> Tensor:
 
 
 def batches(rows: int, settings: Settings) -> Iterator[Tensor]:
-    """Yields the row numbers of one batch after the other, every row once per epoch."""
+    """Yields the row numbers of one batch after the other, every row at most once per epoch."""
     generator = torch.Generator().manual_seed(settings.seed)
     while True:
         yield from torch.randperm(rows, generator=generator)[: rows // settings.batch * settings.batch].split(
@@ -274,9 +93,7 @@ def total_steps(settings: Settings) -> int:
     """Returns the number of steps that ``run`` will make, by all methods together."""
     turns = [min(BLOCK, settings.steps - start) for start in range(0, settings.steps, BLOCK)]
     timed = sum(turns[turn] for turn in spread(settings.timed_turns, len(turns)))
-    return sum(
-        settings.steps if METHODS[name].make not in (PassesOnly, PairLoop) else timed for name in settings.methods
-    )
+    return sum(settings.steps if METHODS[name].trained else timed for name in settings.methods)
 
 
 def spread(count: int, size: int) -> set[int]:
@@ -296,7 +113,7 @@ def run(data: Dataset, settings: Settings, advance: Callable[[int], object] = la
         advance: called with the number of steps done since the last call.
     """
     trainers = {name: METHODS[name].make(data, settings) for name in settings.methods}
-    records = {name: Record(METHODS[name].label, trainers[name].trained) for name in settings.methods}
+    records = {name: Record(METHODS[name].label, METHODS[name].trained) for name in settings.methods}
     stream = batches(len(data.train.labels), settings)
     probe = slice(0, PROBE_ROWS)
     starts = list(range(0, settings.steps, BLOCK))
@@ -307,7 +124,7 @@ def run(data: Dataset, settings: Settings, advance: Callable[[int], object] = la
     def look(step: int) -> None:
         probe_steps.append(step)
         for name, trainer in trainers.items():
-            if trainer.trained:
+            if METHODS[name].trained:
                 with torch.no_grad():
                     records[name].losses.append(trainer.losses(data.held_out.inputs, data.held_out.labels))
                 if trainer.shared:
@@ -320,7 +137,7 @@ def run(data: Dataset, settings: Settings, advance: Callable[[int], object] = la
         block = [(data.train.inputs[row], data.train.labels[row]) for row in rows]
         first = turn % len(trainers)
         for name in [*settings.methods[first:], *settings.methods[:first]]:
-            if not trainers[name].trained and turn not in timed:
+            if not METHODS[name].trained and turn not in timed:
                 continue
             times = []
             for inputs, labels in block:
@@ -332,7 +149,7 @@ def run(data: Dataset, settings: Settings, advance: Callable[[int], object] = la
             advance(len(block))
     look(settings.steps)
     for name, trainer in trainers.items():
-        if trainer.trained:
+        if METHODS[name].trained:
             with torch.no_grad():
                 records[name].auc = auc(trainer.model(data.held_out.inputs), data.held_out.labels)
     return Outcome(records, probe_steps)

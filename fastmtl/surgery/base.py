@@ -61,7 +61,7 @@ class GradientMethod(nn.Module):
 
     Args:
         rescale: What the weights sum to: ``"none"``: as the paper says; ``"sum_to_num_tasks"`` or ``"sum_to_one"``.
-            PCGrad's weights sum to about T, MGDA's to 1: changing the method changes the step size unless the sums are
+            PCGrad's weights sum to T or more, MGDA's to 1: changing the method changes the step size unless the sums are
             made equal.
 
     Attributes:

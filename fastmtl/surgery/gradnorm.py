@@ -100,8 +100,9 @@ class GradNorm(GradientMethod):
         slope = torch.sign(size - mean(size) * rate**self.alpha) * norms
         slope = torch.where(present, slope, 0.0)
         moved, new_moments = self._descend(weights, slope, moments, present)
-        moved = torch.where(present, moved.clamp(min=self.min_weight), weights)
-        moved = moved * (num_tasks / moved.sum())
+        moved = torch.where(present, moved.clamp(min=self.min_weight), 0.0)
+        goal = num_tasks - torch.where(present, 0.0, weights).sum()
+        moved = torch.where(present, moved * (goal / moved.sum()), weights)
 
         result = torch.where(step.finite, used, torch.full_like(used, float("nan")))
         step.commit(initial, first)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from fastmtl.losses import LossesLike, parse_losses
+from fastmtl.losses import LossesLike, parse_losses, stack_scalars
 
 UNCHANGED_CALLS = 100
 
@@ -53,7 +53,7 @@ class LossWeighting(nn.Module):
         if self.num_tasks is not None and len(parsed) != self.num_tasks:
             raise ValueError(f"losses: expected {self.num_tasks} tasks, found {len(parsed)}")
         self._watch()
-        values = torch.stack([x.to(torch.promote_types(x.dtype, torch.float32)) for x in parsed.present])
+        values = stack_scalars(parsed.present)
         if len(values) == len(parsed):
             return self.scalar(values, None)
         tasks = [t for t, x in enumerate(parsed.items) if x is not None]

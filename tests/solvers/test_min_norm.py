@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy import optimize
 
 from fastmtl import solvers
-from tests.samplers import DEGENERATE, FULL_RANK, SAMPLERS, Jacobian, Sampler, random, with_norms
+from tests.samplers import DEGENERATE, FULL_RANK, SAMPLERS, Jacobian, Sampler, random, rank_deficient, with_norms
 
 SIZES = [*range(1, 13), 16, 20, 31, 32, 33, 48, 64, 97, 128]
 Array = NDArray[np.float64]
@@ -177,13 +177,13 @@ def test_dependent_with_lengths_far_apart() -> None:
     """Beyond what is promised (full rank), but it should not be far off."""
     gaps = []
     for num_tasks in (3, 5, 8, 13, 20, 32):
-        m = gramian(stack_of(DEGENERATE["rank_deficient"], num_tasks, 250, spread=6))
+        rng = np.random.default_rng(300 + num_tasks)
+        m = gramian(np.stack([with_norms(rng, rank_deficient(rng, num_tasks)) for _ in range(250)]))
         weights = solvers.min_norm(m)[0].astype(np.longdouble)
         products = np.einsum("kij,kj->ki", m, weights)
         gap = np.einsum("ki,ki->k", weights, products) - products.min(-1)
         gaps.append(gap / m.diagonal(axis1=1, axis2=2).min(1))
-    assert np.quantile(gaps, 0.99) < 1.5e-9
-    assert np.max(gaps) < 1e-6
+    assert np.max(gaps) < 1e-6  # without building the tableau anew: 4e-6
 
 
 def test_cycling_is_bounded() -> None:
@@ -246,7 +246,7 @@ def test_stacks() -> None:
 
 def test_threads_do_not_share() -> None:
     torch.set_num_threads(2)
-    m = gramian(stack_of(random, 24, 40))
+    m = gramian(stack_of(random, 40, 150))
     weights, _ = solvers.min_norm(m)
     targets = np.zeros_like(m)
     stacked = (weights, solvers.pcgrad(m, "fixed"), *solvers.gradvac(m, targets, order="fixed"))

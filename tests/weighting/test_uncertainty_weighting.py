@@ -19,7 +19,9 @@ def test_value_and_every_slope() -> None:
     losses = torch.tensor([1.5, 0.2, 4.0], requires_grad=True)
     total = weighting(losses)
     factor = torch.tensor([0.5, 1.0, 0.5])
-    expected = sum(f * math.exp(-x) * v + x / 2 for f, x, v in zip([0.5, 1, 0.5], s.tolist(), losses.tolist(), strict=True))
+    expected = sum(
+        f * math.exp(-x) * v + x / 2 for f, x, v in zip([0.5, 1, 0.5], s.tolist(), losses.tolist(), strict=True)
+    )
     assert total.item() == pytest.approx(expected, rel=1e-6)
     total.backward()
     torch.testing.assert_close(losses.grad, factor * torch.exp(-s))
@@ -81,9 +83,9 @@ def test_state_dict_is_the_parameter_alone() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="num_tasks.*0"):
+    with pytest.raises(ValueError, match=r"num_tasks.*0"):
         UncertaintyWeighting(0)
-    with pytest.raises(ValueError, match="kind of task 1.*'ranking'"):
+    with pytest.raises(ValueError, match=r"kind of task 1.*'ranking'"):
         UncertaintyWeighting(2, ["regression", "ranking"])
     with pytest.raises(ValueError, match=r"kind: expected one per task \(3\), found 2"):
         UncertaintyWeighting(3, ["regression", "ranking"])

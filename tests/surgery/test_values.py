@@ -1,0 +1,68 @@
+"""Pinned values: one file of numbers known from the papers' formulas and from exact solvers."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+import fastmtl
+from fastmtl import MGDA, GradNorm, GradVac, PCGrad
+
+JACOBIAN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
+
+
+def tensor(*values: float) -> Tensor:
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("method", "weights", "direction"),
+    [
+        (MGDA(), (0.6, 0.4), (0, 1, 1)),
+        (PCGrad(), (2.2222, 1.5789), (0.5848, 3.8012, 3.8012)),
+        (GradVac(), (2.2222, 1.5789), (0.5848, 3.8012, 3.8012)),
+        (PCGrad(reduction="mean"), (1.1111, 0.7895), (0.2924, 1.9006, 1.9006)),
+        (PCGrad(rescale="sum_to_one"), (0.5846, 0.4154), (0.1538, 1.0, 1.0)),
+    ],
+    ids=lambda x: type(x).__name__ if isinstance(x, torch.nn.Module) else "",
+)
+def test_two_tasks(method: fastmtl.GradientMethod, weights: tuple, direction: tuple) -> None:
+    out = fastmtl.aggregate(JACOBIAN, method)
+    torch.testing.assert_close(out.weights, tensor(*weights), rtol=0, atol=5e-5)
+    torch.testing.assert_close(out.grads, tensor(*direction), rtol=0, atol=1e-4)
+
+
+def test_two_tasks_exactly() -> None:
+    """PCGrad of two conflicting tasks: w_1 = 1 - g_1.g_2 / |g_1|^2."""
+    weights = fastmtl.aggregate(JACOBIAN, PCGrad()).weights
+    torch.testing.assert_close(weights, tensor(1 + 22 / 18, 1 + 22 / 38), rtol=1e-14, atol=0)
+
+
+@pytest.mark.parametrize(("include_self", "direction"), [(False, (-0.558013, 0.216506)), (True, (-0.433013, 0.216506))])
+def test_pcgrad_of_three_tasks_in_a_given_order(include_self: bool, direction: tuple) -> None:
+    angles = tensor(0, 150, 210) * math.pi / 180
+    jacobian = torch.stack([angles.cos(), angles.sin()], 1)
+    order = torch.tensor([[1, 2, 0], [0, 2, 1], [0, 1, 2]])
+    out = fastmtl.aggregate(jacobian, PCGrad(order=order, include_self=include_self))
+    torch.testing.assert_close(out.grads, tensor(*direction), rtol=0, atol=1e-6)
+
+
+def test_mgda_of_orthogonal_tasks() -> None:
+    out = fastmtl.aggregate(torch.diag(tensor(1, 2, 3)), MGDA())
+    torch.testing.assert_close(out.weights, tensor(0.734694, 0.183673, 0.081633), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_gradnorm_after_one_step(scale: float) -> None:
+    """|g| = (1, 2, 4), L/L0 = (.9, .5, .8); the step uses the weights from before."""
+    method = GradNorm(alpha=1.5, lr=0.025)
+    gramian = torch.diag(tensor(1, 4, 16))
+    first = method(gramian, losses=tensor(1, 1, 1) * scale)
+    torch.testing.assert_close(first, tensor(1, 1, 1))
+    method.weights.fill_(1.0)
+    used = method(gramian, losses=tensor(0.9, 0.5, 0.8) * scale)
+    torch.testing.assert_close(used, tensor(1, 1, 1))
+    torch.testing.assert_close(method.weights, tensor(1.069565, 0.991304, 0.939130), rtol=0, atol=1e-6)
