@@ -168,14 +168,16 @@ GramianArgs problems_of(const Tensor& gramian, const std::optional<Tensor>& mask
     check_tensor(*mask, ScalarType::Bool, {groups, tasks}, gramian.device(), "mask");
     m = reinterpret_cast<const uint8_t*>(mask->const_data_ptr());
   }
-  return {{groups, static_cast<int32_t>(tasks), gramian.const_data_ptr<double>(), m}, {groups, tasks}, gramian.device()};
+  return {
+      {groups, static_cast<int32_t>(tasks), gramian.const_data_ptr<double>(), m}, {groups, tasks}, gramian.device()};
 }
 
 Order order_of(const GramianArgs& g, const std::optional<Tensor>& order, const std::optional<Tensor>& rng,
                int64_t kind) {
   int64_t groups = g.sizes[0], tasks = g.sizes[1];
   Order o{static_cast<OrderKind>(kind), nullptr, false, nullptr};
-  if (kind < 0 || kind > 2) throw std::invalid_argument("order_kind: expected 0, 1 or 2, found " + std::to_string(kind));
+  if (kind < 0 || kind > 2)
+    throw std::invalid_argument("order_kind: expected 0, 1 or 2, found " + std::to_string(kind));
   if (order) {
     o.batched = order->dim() == 3;
     auto sizes = o.batched ? std::vector<int64_t>{groups, tasks, tasks} : std::vector<int64_t>{tasks, tasks};
@@ -190,16 +192,15 @@ Order order_of(const GramianArgs& g, const std::optional<Tensor>& order, const s
 }
 
 #ifdef WITH_CUDA
-#define FASTMTL_SOLVE(name, g, args)                                                                        \
-  do {                                                                                                      \
-    if ((g).device.type() == DeviceType::CUDA) {                                                            \
-      CudaCall call((g).device.index());                                                                    \
-      CudaCall::check(name##_cuda((g).problems, args, call.scratch(name##_cuda_scratch((g).problems)),      \
-                                  call.stream),                                                             \
-                      #name);                                                                               \
-    } else {                                                                                                \
-      name##_cpu((g).problems, args);                                                                       \
-    }                                                                                                       \
+#define FASTMTL_SOLVE(name, g, args)                                                                                 \
+  do {                                                                                                               \
+    if ((g).device.type() == DeviceType::CUDA) {                                                                     \
+      CudaCall call((g).device.index());                                                                             \
+      CudaCall::check(name##_cuda((g).problems, args, call.scratch(name##_cuda_scratch((g).problems)), call.stream), \
+                      #name);                                                                                        \
+    } else {                                                                                                         \
+      name##_cpu((g).problems, args);                                                                                \
+    }                                                                                                                \
   } while (false)
 #else
 #define FASTMTL_SOLVE(name, g, args) name##_cpu((g).problems, args)
@@ -213,8 +214,8 @@ std::tuple<Tensor, Tensor> min_norm(const Tensor& gramian, std::optional<Tensor>
   return {weights, gap};
 }
 
-Tensor pcgrad(const Tensor& gramian, std::optional<Tensor> mask, std::optional<Tensor> order,
-              std::optional<Tensor> rng, int64_t order_kind, bool include_self, bool mean) {
+Tensor pcgrad(const Tensor& gramian, std::optional<Tensor> mask, std::optional<Tensor> order, std::optional<Tensor> rng,
+              int64_t order_kind, bool include_self, bool mean) {
   auto g = problems_of(gramian, mask);
   Tensor weights = new_double(g.sizes, g.device);
   PCGrad args{order_of(g, order, rng, order_kind), include_self, mean, weights.mutable_data_ptr<double>()};
@@ -229,8 +230,13 @@ std::tuple<Tensor, Tensor> gradvac(const Tensor& gramian, std::optional<Tensor> 
   check_double(targets, {g.sizes[0], g.sizes[1], g.sizes[1]}, g.device, "targets");
   Tensor weights = new_double(g.sizes, g.device);
   Tensor moved = new_double({g.sizes[0], g.sizes[1], g.sizes[1]}, g.device);
-  GradVac args{order_of(g, order, rng, order_kind), beta, ema_first, ema_always, targets.const_data_ptr<double>(),
-               moved.mutable_data_ptr<double>(), weights.mutable_data_ptr<double>()};
+  GradVac args{order_of(g, order, rng, order_kind),
+               beta,
+               ema_first,
+               ema_always,
+               targets.const_data_ptr<double>(),
+               moved.mutable_data_ptr<double>(),
+               weights.mutable_data_ptr<double>()};
   FASTMTL_SOLVE(gradvac, g, args);
   return {weights, moved};
 }

@@ -16,7 +16,7 @@ struct Parameter {
   const void* const* rows;  // num_tasks pointers; null: this task does not reach the parameter
   int64_t size;             // elements per row; may be 0
   Scalar type;
-  int32_t group;            // 0 <= group < num_groups
+  int32_t group;  // 0 <= group < num_groups
 };
 
 struct Rows {

@@ -6,7 +6,7 @@ A gradient method is rows -> Gramian -> weights -> combine. The ways in: `backwa
 
 from importlib.metadata import PackageNotFoundError, version
 
-from fastmtl import ops, reference
+from fastmtl import ops, reference, solvers
 from fastmtl.aggregate import aggregate
 from fastmtl.backward import backward
 from fastmtl.layer import FeatureSurgery
@@ -36,4 +36,5 @@ __all__ = [
     "backward",
     "ops",
     "reference",
+    "solvers",
 ]

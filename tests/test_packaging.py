@@ -37,7 +37,8 @@ def run(*command: object, cwd: Path, **env: str) -> str:
 
 
 def install(source: Path, target: Path, **env: str) -> None:
-    run("-m", "pip", "install", "-q", "--no-build-isolation", "--no-deps", "--target", target, source, cwd=target, **env)
+    options = ["-q", "--no-build-isolation", "--no-deps", "--target", target]
+    run("-m", "pip", "install", *options, source, cwd=target, **env)
 
 
 @pytest.fixture

@@ -14,8 +14,8 @@ class PCGrad(RandomOrderMethod):
 
     For each task i, over the other tasks j in random order: where the current ``g_i'`` opposes the original ``g_j``
     (negative dot product), ``g_i' -= (g_i'.g_j / |g_j|^2) g_j``. The update is the sum of the ``g_i'``. Answers
-    conflict of direction; keeps differences of magnitude. The weights sum to
-    T, and more for every conflict that was removed (twice T is common with dozens of tasks).
+    conflict of direction; keeps differences of magnitude. The weights sum to T, and to more for every conflict removed:
+    twice T is common with dozens of tasks.
 
     Args:
         reduction: ``"sum"`` (paper) or ``"mean"`` over the present tasks (a popular port).
