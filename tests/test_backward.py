@@ -177,6 +177,11 @@ def test_new_gradients_have_the_parameters_strides() -> None:
     model = nets.net("conv_batchnorm").to(memory_format=torch.channels_last)
     fastmtl.backward(model.losses(inputs()), MGDA(), model.trunk)
     assert all(p.grad.stride() == p.stride() for p in model.parameters())
+    x = nn.Parameter(torch.randn(3, 4))
+    losses = [(x.t() * y).sum() for y in torch.randn(2, 4, 3)]
+    assert torch.autograd.grad(losses[0], x, retain_graph=True)[0].stride() == (1, 3)  # or this would test nothing
+    fastmtl.backward(losses, MGDA(), [x])
+    assert x.grad.stride() == (4, 1)
 
 
 @pytest.mark.parametrize("filler", ["grad", "backward"])

@@ -112,6 +112,11 @@ def test_absent_tasks() -> None:
         assert net.heads[1].weight.grad is None
         net(inputs()).backward()
         assert name == "MGDA" or net.surgery.result.weights[1] != 0
+        a, b, _ = net.losses(inputs())  # another one than before
+        net.surgery.total([a, b, None]).backward()
+        weights = net.surgery.result.weights
+        assert weights[2] == 0
+        assert name == "MGDA" or (weights[:2] != 0).all()
 
 
 def test_a_single_task() -> None:
