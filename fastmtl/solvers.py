@@ -13,11 +13,17 @@ from numpy.typing import ArrayLike, NDArray
 
 from fastmtl import _extension
 
-if _extension.module is None:
-    raise ImportError(
-        f"fastmtl.solvers needs the compiled extension ({_extension.missing_because}). Cure: {_extension.CURE}"
-    )
-_C = _extension.module
+
+class _Missing:
+    """In the extension's place: the package imports without it, only these solvers do not work."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise ImportError(
+            f"fastmtl.solvers needs the compiled extension ({_extension.missing_because}). Cure: {_extension.CURE}"
+        )
+
+
+_C: Any = _extension.module or _Missing()
 
 __all__ = ["gradvac", "min_norm", "pcgrad", "visiting_order"]
 

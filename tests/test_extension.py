@@ -53,6 +53,12 @@ for method in (fastmtl.PCGrad(), fastmtl.GradVac(), fastmtl.MGDA(), fastmtl.Grad
     assert values[-1] < 0.9 * values[0], (method, values)
 out = fastmtl.aggregate(torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]]), fastmtl.MGDA())
 torch.testing.assert_close(out.grads, torch.tensor([0.0, 1.0, 1.0]))
+try:
+    fastmtl.solvers.min_norm([[1.0]])
+except ImportError as error:
+    assert "fastmtl.solvers needs the compiled extension (libnone.so" in str(error), error
+else:
+    raise AssertionError("solvers have no reference to fall back to")
 x = torch.nn.Parameter(torch.ones(2))
 x.grad = torch.ones(2)
 fastmtl.backward(torch.eye(2) @ x, fastmtl.PCGrad(), [x])  # adds to an existing gradient
