@@ -61,8 +61,8 @@ class GradientMethod(nn.Module):
 
     Args:
         rescale: What the weights sum to: ``"none"``: as the paper says; ``"sum_to_num_tasks"`` or ``"sum_to_one"``.
-            PCGrad's weights sum to T or more, MGDA's to 1: changing the method changes the step size unless the sums are
-            made equal.
+            PCGrad's weights sum to T or more, MGDA's to 1: changing the method changes the step size unless they are
+            made to sum to the same.
 
     Attributes:
         needs_losses: `solve` reads ``step.losses``.
