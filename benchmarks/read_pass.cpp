@@ -1,4 +1,5 @@
-// The floor: reads n floats once, with vectors as wide as the machine has, and adds them up.
+// The floor: reads n floats once, with vectors as wide as the machine has, and adds them up. Each thread reads its part
+// from front to back (one stream), or from several places at once, which asks more of the memory.
 #include <cstdint>
 
 namespace {
@@ -6,9 +7,9 @@ namespace {
 typedef float Vector __attribute__((vector_size(64)));
 typedef float Loaded __attribute__((vector_size(64), aligned(4), may_alias));
 
-// Eight streams, so that neither the latency of the additions nor that of the memory is what is measured.
+template <int kStreams>
 __attribute__((always_inline)) inline float sum(const float* data, int64_t n) {
-  constexpr int kStreams = 8, kUnroll = 4, kLanes = 16;
+  constexpr int kUnroll = 4, kLanes = 16;  // sums per stream: their latency must not be what is measured
   const int64_t length = n / (kStreams * kUnroll * kLanes) * (kUnroll * kLanes);
   Vector sums[kStreams][kUnroll] = {};
   for (int64_t k = 0; k < length; k += kUnroll * kLanes) {
@@ -31,24 +32,32 @@ __attribute__((always_inline)) inline float sum(const float* data, int64_t n) {
 }
 
 #if defined(__x86_64__)
-__attribute__((target("avx512f"))) float sum_avx512(const float* data, int64_t n) { return sum(data, n); }
-__attribute__((target("avx2"))) float sum_avx2(const float* data, int64_t n) { return sum(data, n); }
+template <int kStreams>
+__attribute__((target("avx512f"))) float sum_avx512(const float* data, int64_t n) {
+  return sum<kStreams>(data, n);
+}
+template <int kStreams>
+__attribute__((target("avx2"))) float sum_avx2(const float* data, int64_t n) {
+  return sum<kStreams>(data, n);
+}
 #endif
 
+template <int kStreams>
 float sum_range(const float* data, int64_t n) {
 #if defined(__x86_64__)
-  if (__builtin_cpu_supports("avx512f")) return sum_avx512(data, n);
-  if (__builtin_cpu_supports("avx2")) return sum_avx2(data, n);
+  if (__builtin_cpu_supports("avx512f")) return sum_avx512<kStreams>(data, n);
+  if (__builtin_cpu_supports("avx2")) return sum_avx2<kStreams>(data, n);
 #endif
-  return sum(data, n);
+  return sum<kStreams>(data, n);
 }
 
 }  // namespace
 
 // OpenMP, as torch uses it: the same pool of threads, so none compete.
-extern "C" float read_pass(const float* data, int64_t n, int threads) {
+extern "C" float read_pass(const float* data, int64_t n, int threads, int streams) {
+  const auto range = streams == 1 ? sum_range<1> : sum_range<8>;
   float total = 0;
 #pragma omp parallel for num_threads(threads) reduction(+ : total)
-  for (int t = 0; t < threads; ++t) total += sum_range(data + n / threads * t, n / threads);
+  for (int t = 0; t < threads; ++t) total += range(data + n / threads * t, n / threads);
   return total;
 }
