@@ -16,7 +16,7 @@ from torch import Tensor
 import fastmtl
 from benchmarks import oracle
 from benchmarks.harness import Report, check, main
-from benchmarks.peers import lean_pair_loop, pair_loop, seeded_orders, torchjd
+from benchmarks.peers import lean_pair_loop, pair_loop, port_pair_loop, seeded_orders, torchjd
 
 SIZES = [(8, 4_000_000), (40, 1_000_000)]
 BETA = 0.01  # of GradVac
@@ -48,6 +48,7 @@ def _measure(report: Report, name: str, rows: Tensor, gramian: Tensor) -> None:
             flat = list(rows.unbind(0))
             providers["loop over pairs, lean"] = lambda: lean_pair_loop(flat)
             providers["loop over pairs"] = lambda: pair_loop(flat)
+            providers["loop over pairs, as ported"] = lambda: port_pair_loop(flat)
         # GradVac's first step is PCGrad's.
         orders = seeded_orders(num_tasks, others_only=name == "GradVac")
         expected = oracle.combination(oracle.pcgrad_weights(gramian, orders), rows)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 from types import ModuleType
 
@@ -27,6 +28,25 @@ def pair_loop(grads: list[Tensor]) -> Tensor:
             if product.item() < 0:
                 g_i -= product * g_j / g_j.norm() ** 2
     return torch.stack(projected).sum(0)
+
+
+def port_pair_loop(grads: list[Tensor]) -> Tensor:
+    """The loop with the bookkeeping of the most used port of PCGrad, which tracks per element who has a gradient."""
+    has_grad = [torch.ones_like(g) for g in grads]
+    shared = torch.stack(has_grad).prod(0).bool()
+    projected = copy.deepcopy(grads)
+    for i, g_i in enumerate(projected):
+        for j in torch.randperm(len(grads)).tolist():
+            if j == i:
+                continue
+            g_j = grads[j]
+            product = torch.dot(g_i, g_j)
+            if product < 0:
+                g_i -= product * g_j / g_j.norm() ** 2
+    merged = torch.zeros_like(grads[0])
+    merged[shared] = torch.stack([g[shared] for g in projected]).sum(0)
+    merged[~shared] = torch.stack([g[~shared] for g in projected]).sum(0)
+    return merged
 
 
 def lean_pair_loop(grads: list[Tensor]) -> Tensor:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from fastmtl.engine import (
     check_method,
     check_nonfinite,
     decide,
+    restored_on_error,
     scale_of,
     task_mask,
     unscaled,
@@ -103,6 +104,7 @@ def backward(
         raise ValueError(f"filler: expected one of {FILLERS}, found {filler!r}")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm: expected a positive norm, found {max_norm}")
+    grouped = groups not in (None, "all")
     parsed = parse_losses(losses)
     leaves, kinds = find_leaves(parsed.present)
     known = _known_shared(shared_params, model)
@@ -116,41 +118,47 @@ def backward(
     if filler == "auto":
         hidden = "CheckpointFunctionBackward" in kinds or any(hasattr(p, "full_tensor") for p in candidates.values())
         filler = "backward" if hidden else "grad"
-    passes = _Passes(parsed, filler, scale_of(scaler, parsed.device), retain_graph)
+    by_id = {id(p): name for name, p in candidates.items()}
+    passes = _Passes(parsed, filler, scale_of(scaler, parsed.device), retain_graph, by_id)
 
     if isinstance(method, LossWeighting):
-        return _loss_weighting(passes, method, [*candidates.values()], heads)
+        num_groups = resolve_groups(groups, candidates, model)[1]
+        result = _loss_weighting(passes, method, [*candidates.values()], heads)
+        return result if not grouped else replace(result, weights=result.weights.expand(num_groups, -1))
     if gramian_params is not None:
-        if groups not in (None, "all"):
+        if grouped:
             raise ValueError("gramian_params: knows one group of parameters only; drop groups=")
         lean = [*resolve_params(gramian_params, model, "gramian_params").values()]
         if known is None and not method.scale_heads:
             raise ValueError("gramian_params: pass shared_params= too; it is not known yet which parameters are heads")
-        with _restored_on_error(method):
+        with restored_on_error(method):
             return _on_gramian_params(passes, method, [*candidates.values()], heads, lean, nonfinite, max_norm)
 
     params = [*candidates.values(), *heads]
     tasks = passes.per_task(params)
-    _refuse_sparse(tasks, [*candidates])
     shared = list(range(len(candidates))) if known is not None else _discover(model, candidates, tasks)
     names = [*candidates]
     indices, num_groups = resolve_groups(groups, {names[i]: params[i] for i in shared}, model)
     rows = Rows.by_task(_columns(tasks, shared), indices, num_groups)
     mask = task_mask(rows, parsed)
     gramian = unscaled(ops.gram(rows), passes.scale)
-    decision = decide(method, gramian, mask, parsed, parsed.names, nonfinite, max_norm)
-    if not decision.skip:
-        accumulate([params[i] for i in shared], rows, decision.weights)
-        rest = sorted(set(range(len(params))) - set(shared))
-        accumulate([params[i] for i in rest], Rows.by_task(_columns(tasks, rest)), decision.for_heads(method))
-    return _result([params[i] for i in shared], decision.weights, gramian, grouped=groups not in (None, "all"))
+    with restored_on_error(method):
+        decision = decide(method, gramian, mask, parsed, parsed.names, nonfinite, max_norm)
+        if not decision.skip:
+            accumulate([params[i] for i in shared], rows, decision.weights)
+            rest = sorted(set(range(len(params))) - set(shared))
+            accumulate([params[i] for i in rest], Rows.by_task(_columns(tasks, rest)), decision.for_heads(method))
+    return _result([params[i] for i in shared], decision.weights, gramian, grouped)
 
 
 class _Passes:
     """The backward passes of one step."""
 
-    def __init__(self, losses: Losses, filler: str, scale: Tensor | None, retain_graph: bool) -> None:
+    def __init__(
+        self, losses: Losses, filler: str, scale: Tensor | None, retain_graph: bool, names: dict[int, str]
+    ) -> None:
         self.losses, self.scale, self.retain_graph = losses, scale, retain_graph
+        self.names = names  # by id, of parameters, for errors
         self.through = ThroughGrad if filler == "grad" else ThroughBackward
 
     def without(self, kept: Tensor) -> _Passes:
@@ -164,10 +172,13 @@ class _Passes:
         """Each task's gradients, None for absent tasks; ``then_more``: keep the graph for further passes."""
         last = max(t for t, x in enumerate(self.losses.items) if x is not None)
         with self.through(params) as run:
-            return [
+            tasks = [
                 None if x is None else run([x], [self._cotangent(x)], self.retain_graph or then_more or t < last)
                 for t, x in enumerate(self.losses.items)
             ]
+        for task in tasks:
+            self._refuse_sparse(params, task or ())
+        return tasks
 
     def weighted(
         self, params: Sequence[Tensor], weights: Tensor | None, then_more: bool = False, aside: Sequence[Tensor] = ()
@@ -180,7 +191,17 @@ class _Passes:
                 cotangents.append(self._cotangent(x, None if weights is None else weights[t]))
         everything = [*params, *aside] if self.through is ThroughBackward else params
         with self.through(everything) as run:
-            return list(run(outputs, cotangents, self.retain_graph or then_more))[: len(params)]
+            grads = list(run(outputs, cotangents, self.retain_graph or then_more))[: len(params)]
+        self._refuse_sparse(params, grads)
+        return grads
+
+    def _refuse_sparse(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
+        for p, g in zip(params, grads, strict=False):
+            if g is not None and g.is_sparse:
+                name = self.names.get(id(p), f"a parameter of shape {list(p.shape)} that is not shared")
+                raise TypeError(
+                    f"{name}: sparse gradients are not supported; construct the embedding with sparse=False"
+                )
 
     def _cotangent(self, loss: Tensor, weight: Tensor | None = None) -> Tensor | None:
         factors = [f for f in (self.scale, weight) if f is not None]
@@ -199,18 +220,6 @@ def _loss_weighting(
     if total.requires_grad:
         total.backward(None if passes.scale is None else passes.scale.to(total.dtype))
     return Result(tuple(p.grad for p in shared), weights, None)
-
-
-@contextmanager
-def _restored_on_error(method: GradientMethod) -> Iterator[None]:
-    """Put the method's state back if anything within raises: a backward pass comes after the method has decided."""
-    before = [(name, buffer, buffer.clone()) for name, buffer in method._buffers.items() if buffer is not None]
-    try:
-        yield
-    except BaseException:
-        for name, buffer, value in before:
-            method._buffers[name] = buffer.copy_(value)
-        raise
 
 
 def _on_gramian_params(
@@ -246,16 +255,6 @@ def _on_gramian_params(
 def _accumulate_one(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     rows = Rows.by_task([grads])
     accumulate(params, rows, torch.ones(1, 1, dtype=torch.float64, device=rows.device))
-
-
-def _refuse_sparse(tasks: Sequence[Sequence[Tensor | None] | None], names: Sequence[str]) -> None:
-    for task in tasks:
-        for p, g in enumerate(task or ()):
-            if g is not None and g.is_sparse:
-                name = names[p] if p < len(names) else f"a parameter of shape {list(g.shape)} that is not shared"
-                raise TypeError(
-                    f"{name}: sparse gradients are not supported; construct the embedding with sparse=False"
-                )
 
 
 def _columns(

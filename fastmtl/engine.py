@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -151,6 +152,18 @@ def clip(weights: Tensor, gramian: Tensor, max_norm: float) -> Tensor:
     terms = torch.where(pairs == 0, pairs, pairs * gramian)
     square = torch.maximum(terms.sum(), 1e-6 * terms.abs().sum())
     return weights * (max_norm / square.sqrt()).clamp(max=1.0)
+
+
+@contextmanager
+def restored_on_error(method: GradientMethod) -> Iterator[None]:
+    """Put the method's state back if anything within raises, out of memory included."""
+    before = [(name, buffer, buffer.clone()) for name, buffer in method._buffers.items() if buffer is not None]
+    try:
+        yield
+    except BaseException:
+        for name, buffer, value in before:
+            method._buffers[name] = buffer.copy_(value)
+        raise
 
 
 def accumulate(params: Sequence[Tensor], rows: Rows, weights: Tensor) -> None:

@@ -167,6 +167,8 @@ def pcgrad(
     Returns:
         Weights ``[K, T]`` float64.
     """
+    if reduction not in ("sum", "mean"):
+        raise ValueError(f"reduction: expected 'sum' or 'mean', found {reduction!r}")
     kind, explicit = _order(order)
     if not _extension.kernels_on(gramian.device.type):
         return reference.pcgrad(gramian, mask, order, rng, include_self, reduction)

@@ -16,6 +16,7 @@ from fastmtl.engine import (
     check_method,
     check_nonfinite,
     decide,
+    restored_on_error,
     scale_of,
     task_mask,
     unscaled,
@@ -160,10 +161,11 @@ class TaskGradients:
         if isinstance(method, LossWeighting):
             return self._weigh_losses(method, parsed, rows, heads)
         gramian = unscaled(ops.gram(rows), scale_of(self.scaler, rows.device))
-        decision = decide(method, gramian, task_mask(rows, None), parsed, self.names, nonfinite, max_norm)
-        if not decision.skip:
-            accumulate(self.shared, rows, decision.weights)
-            accumulate(self.heads, heads, decision.for_heads(method))
+        with restored_on_error(method):
+            decision = decide(method, gramian, task_mask(rows, None), parsed, self.names, nonfinite, max_norm)
+            if not decision.skip:
+                accumulate(self.shared, rows, decision.weights)
+                accumulate(self.heads, heads, decision.for_heads(method))
         return self._finish(decision.weights, gramian)
 
     def _weigh_losses(self, method: LossWeighting, losses: Losses | None, rows: Rows, heads: Rows) -> Result:
