@@ -40,12 +40,12 @@ lint: $(VENV)/lint ## style, docstrings, types
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h')
+	$(BIN)/clang-format --dry-run --Werror $(shell git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h' 'benchmarks/*.cpp')
 
 format: $(VENV)/lint ## reformat everything
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h')
+	$(BIN)/clang-format -i $(shell git ls-files 'csrc/*' 'tests/*.cpp' 'tests/*.h' 'benchmarks/*.cpp')
 
 info: $(VENV)/fastmtl ## what is installed, and what to do
 	$(BIN)/python -m fastmtl info

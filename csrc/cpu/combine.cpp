@@ -89,7 +89,9 @@ void combine_cpu(const Rows& rows, const double* weights, void* const* out, bool
   const int64_t num_workers = std::min<int64_t>(jobs, num_threads());
   std::vector<Terms> workers(num_workers, Terms(rows.num_tasks));
 
-  run_jobs(num_workers, jobs, [&](int64_t worker, int64_t j) {
+  // Last columns first: they are what a Gramian before this has left in the caches.
+  run_jobs(num_workers, jobs, [&](int64_t worker, int64_t index) {
+    const int64_t j = jobs - 1 - index;
     const Cut begin = cuts[j], end = cuts[j + 1];
     Terms& terms = workers[worker];
     for (int64_t p = begin.index; p <= end.index && p < rows.num_params; ++p) {
