@@ -35,8 +35,9 @@ def load() -> tuple[ModuleType | None, str]:
 
 
 module, missing_because = load()
+has_cuda: bool = module is not None and module.build_info()["cuda"]
 
 
 def kernels_on(device_type: str) -> bool:
     """Whether fastmtl's own kernels serve this device type (``"cpu"``, ``"cuda"``)."""
-    return module is not None and (device_type == "cpu" or (device_type == "cuda" and module.build_info()["cuda"]))
+    return module is not None and (device_type == "cpu" or (device_type == "cuda" and has_cuda))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 from torch import Tensor
 
 from fastmtl import ops
@@ -52,14 +53,16 @@ def aggregate(
         if parsed is None:
             raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
         total, weights = method.slopes(parsed.items)
-        if total.requires_grad:
-            total.backward()
         weights = weights.to(rows.device).expand(rows.num_groups, -1)
     else:
-        gramian = ops.gram(rows)
+        with torch.no_grad():
+            gramian = ops.gram(rows)
         names = parsed.names if parsed is not None else [f"task {t}" for t in range(rows.num_tasks)]
         weights = decide(method, gramian, task_mask(rows, parsed), parsed, names).weights
-    combined = ops.combine(rows, weights)
+    with torch.no_grad():
+        combined = ops.combine(rows, weights)
+    if isinstance(method, LossWeighting) and total.requires_grad:
+        total.backward()
     out = combined[0] if isinstance(grads, Tensor) else combined
     if groups is not None:
         return Result(out, weights, gramian)

@@ -18,10 +18,13 @@ from fastmtl.engine import (
     check_method,
     check_nonfinite,
     decide,
+    refuse_options,
+    refuse_unsupported,
     restored_on_error,
     scale_of,
     task_mask,
     unscaled,
+    warn_if_distributed,
 )
 from fastmtl.losses import Losses, LossesLike, parse_losses
 from fastmtl.parameters import GroupsLike, ParamsLike, find_leaves, resolve_groups, resolve_params
@@ -73,7 +76,7 @@ def backward(
         max_norm: Upper bound of the norm of the combined shared gradient, from the Gramian, without another pass; see
             `fastmtl.engine.clip` for its rounding. With a scaler: of the unscaled gradient.
         filler: How rows are obtained. ``"grad"``: ``torch.autograd.grad``, fires no hooks of the parameters.
-            ``"backward"``: ``.backward()``, taking ``.grad``; for reentrant checkpointing and FSDP2. ``"auto"`` picks.
+            ``"backward"``: ``.backward()``, taking ``.grad``; for reentrant checkpointing. ``"auto"`` picks.
         retain_graph: Keep the graph afterwards.
 
     Returns:
@@ -104,10 +107,11 @@ def backward(
         raise ValueError(f"filler: expected one of {FILLERS}, found {filler!r}")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm: expected a positive norm, found {max_norm}")
+    warn_if_distributed()
     grouped = groups not in (None, "all")
     parsed = parse_losses(losses)
     leaves, kinds = find_leaves(parsed.present)
-    known = _known_shared(shared_params, model)
+    known = _known_shared(shared_params, model, len(parsed))
     if known is None:
         assert model is not None
         candidates = resolve_params(model, model, "model")
@@ -115,13 +119,19 @@ def backward(
         candidates = known
     ids = {id(p) for p in candidates.values()}
     heads = [p for p in leaves if id(p) not in ids]
+    hidden = "CheckpointFunctionBackward" in kinds  # reentrant checkpointing: what lies within is not in the graph
+    if hidden and model is not None:
+        every = resolve_params(model, model, "model").values()
+        heads += [p for p in every if id(p) not in ids and all(p is not q for q in heads)]
+    elif hidden and (gramian_params is not None or nonfinite != "propagate" or getattr(method, "scale_heads", False)):
+        raise ValueError("model: needed here, since reentrant checkpointing hides which parameters the heads have")
     if filler == "auto":
-        hidden = "CheckpointFunctionBackward" in kinds or any(hasattr(p, "full_tensor") for p in candidates.values())
         filler = "backward" if hidden else "grad"
     by_id = {id(p): name for name, p in candidates.items()}
     passes = _Passes(parsed, filler, scale_of(scaler, parsed.device), retain_graph, by_id)
 
     if isinstance(method, LossWeighting):
+        refuse_options(method, nonfinite=nonfinite, max_norm=max_norm, gramian_params=gramian_params)
         num_groups = resolve_groups(groups, candidates, model)[1]
         result = _loss_weighting(passes, method, [*candidates.values()], heads)
         return result if not grouped else replace(result, weights=result.weights.expand(num_groups, -1))
@@ -140,14 +150,17 @@ def backward(
     names = [*candidates]
     indices, num_groups = resolve_groups(groups, {names[i]: params[i] for i in shared}, model)
     rows = Rows.by_task(_columns(tasks, shared), indices, num_groups)
+    _refuse_unreached(rows, "shared_params")
     mask = task_mask(rows, parsed)
     gramian = unscaled(ops.gram(rows), passes.scale)
     with restored_on_error(method):
         decision = decide(method, gramian, mask, parsed, parsed.names, nonfinite, max_norm)
         if not decision.skip:
-            accumulate([params[i] for i in shared], rows, decision.weights)
             rest = sorted(set(range(len(params))) - set(shared))
-            accumulate([params[i] for i in rest], Rows.by_task(_columns(tasks, rest)), decision.for_heads(method))
+            accumulate(
+                ([params[i] for i in shared], rows, decision.weights),
+                ([params[i] for i in rest], Rows.by_task(_columns(tasks, rest)), decision.for_heads(method)),
+            )
     return _result([params[i] for i in shared], decision.weights, gramian, grouped)
 
 
@@ -177,7 +190,8 @@ class _Passes:
                 for t, x in enumerate(self.losses.items)
             ]
         for task in tasks:
-            self._refuse_sparse(params, task or ())
+            if task is not None:
+                refuse_unsupported(params, task, self.names)
         return tasks
 
     def weighted(
@@ -192,16 +206,8 @@ class _Passes:
         everything = [*params, *aside] if self.through is ThroughBackward else params
         with self.through(everything) as run:
             grads = list(run(outputs, cotangents, self.retain_graph or then_more))[: len(params)]
-        self._refuse_sparse(params, grads)
+        refuse_unsupported(params, grads, self.names)
         return grads
-
-    def _refuse_sparse(self, params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-        for p, g in zip(params, grads, strict=False):
-            if g is not None and g.is_sparse:
-                name = self.names.get(id(p), f"a parameter of shape {list(p.shape)} that is not shared")
-                raise TypeError(
-                    f"{name}: sparse gradients are not supported; construct the embedding with sparse=False"
-                )
 
     def _cotangent(self, loss: Tensor, weight: Tensor | None = None) -> Tensor | None:
         factors = [f for f in (self.scale, weight) if f is not None]
@@ -235,6 +241,7 @@ def _on_gramian_params(
     aside = [] if passes.through is ThroughGrad else [p for p in [*shared, *heads] if all(p is not q for q in lean)]
     tasks = passes.per_task([*lean, *aside], then_more=True)
     rows = Rows.by_task(_columns(tasks, range(len(lean))))
+    _refuse_unreached(rows, "gramian_params")
     gramian = unscaled(ops.gram(rows), passes.scale)
     decision = decide(
         method, gramian, task_mask(rows, passes.losses), passes.losses, passes.losses.names, nonfinite, max_norm
@@ -252,9 +259,14 @@ def _on_gramian_params(
     return _result(shared, decision.weights, gramian, grouped=False)
 
 
+def _refuse_unreached(rows: Rows, argument: str) -> None:
+    if all(g is None for g in rows.grads):
+        raise ValueError(f"{argument}: no loss reaches any of them; do they belong to the model that made the losses?")
+
+
 def _accumulate_one(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
     rows = Rows.by_task([grads])
-    accumulate(params, rows, torch.ones(1, 1, dtype=torch.float64, device=rows.device))
+    accumulate((params, rows, torch.ones(1, 1, dtype=torch.float64, device=rows.device)))
 
 
 def _columns(
@@ -268,12 +280,14 @@ def _result(shared: Sequence[Tensor], weights: Tensor, gramian: Tensor, grouped:
     return Result(grads, weights, gramian) if grouped else Result(grads, weights[0], gramian[0])
 
 
-# Per model the names of its trainable parameters when a step with all tasks present was looked at, and of those that
-# at least two tasks reached.
-_shared_of: weakref.WeakKeyDictionary[nn.Module, tuple[list[str], list[str]]] = weakref.WeakKeyDictionary()
+# Per model, from a step with all tasks present: T and the names of the trainable parameters, and the names of those
+# that at least two tasks reached.
+_shared_of: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int | str, ...], list[str]]] = weakref.WeakKeyDictionary()
 
 
-def _known_shared(shared_params: ParamsLike | None, model: nn.Module | None) -> dict[str, Tensor] | None:
+def _known_shared(
+    shared_params: ParamsLike | None, model: nn.Module | None, num_tasks: int
+) -> dict[str, Tensor] | None:
     """The shared parameters by name, or None if they are still to be found."""
     if shared_params is not None:
         return resolve_params(shared_params, model, "shared_params")
@@ -282,8 +296,10 @@ def _known_shared(shared_params: ParamsLike | None, model: nn.Module | None) -> 
     if model not in _shared_of:
         return None
     trainable = resolve_params(model, model, "model")
-    names, shared = _shared_of[model]
-    return {name: trainable[name] for name in shared} if names == [*trainable] else None  # else: (un)frozen since
+    key, shared = _shared_of[model]
+    if key != (num_tasks, *trainable):  # other tasks, or (un)frozen since
+        return None
+    return {name: trainable[name] for name in shared}
 
 
 def _discover(
@@ -291,6 +307,10 @@ def _discover(
 ) -> list[int]:
     """Indices of the candidates with rows from at least two tasks; remembered if all tasks were present."""
     present = [task for task in tasks if task is not None]
+    if len(present) < 2:
+        raise ValueError(
+            "model: finding the shared parameters takes a step with two tasks present; pass shared_params="
+        )
     shared = [p for p in range(len(candidates)) if sum(task[p] is not None for task in present) >= 2]
     if not shared:
         raise ValueError(
@@ -298,5 +318,5 @@ def _discover(
         )
     if len(present) == len(tasks) and model is not None:
         names = [*candidates]
-        _shared_of[model] = names, [names[p] for p in shared]
+        _shared_of[model] = (len(tasks), *names), [names[p] for p in shared]
     return shared

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed
 from torch import Tensor
 
 from fastmtl import ops
@@ -41,6 +43,33 @@ def check_nonfinite(nonfinite: str, scaler: Any) -> None:
         raise ValueError(f"nonfinite: expected one of {NONFINITE}, found {nonfinite!r}")
     if nonfinite != "propagate" and scaler is not None:
         raise ValueError(f"nonfinite={nonfinite!r} would hide overflows from the scaler; use 'propagate' with scaler=")
+
+
+def refuse_options(method: LossWeighting, **options: Any) -> None:
+    """Refuse options that a loss weighting, which looks at no gradients, cannot honour.
+
+    Raises:
+        ValueError: One of them is given.
+    """
+    for name, value in options.items():
+        if value is not None and (name, value) != ("nonfinite", "propagate"):
+            raise ValueError(f"{name}: {type(method).__name__} is a loss weighting, which looks at no gradients")
+
+
+_told_ranks = False
+
+
+def warn_if_distributed() -> None:
+    """Warn once where there are several ranks: gradients are combined per rank, and nobody averages them."""
+    global _told_ranks
+    ranks = torch.distributed
+    if not _told_ranks and ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1:
+        _told_ranks = True
+        warnings.warn(
+            "fastmtl combines each rank's own gradients and does not average .grad across ranks; average it yourself, "
+            "or use FeatureSurgery under DistributedDataParallel",
+            stacklevel=3,
+        )
 
 
 def scale_of(scaler: Any, device: torch.device) -> Tensor | None:
@@ -82,17 +111,21 @@ class Decision:
 
     Attributes:
         weights: ``[K, T]`` float64.
+        solved: bool ``[T]``: the tasks that took part; None: all.
         kept: bool ``[T]``: the tasks that ``nonfinite="drop_task"`` kept; None with another policy.
         skip: ``nonfinite="skip"`` applies: write nothing.
     """
 
     weights: Tensor
+    solved: Tensor | None = None
     kept: Tensor | None = None
     skip: bool = False
 
     def for_heads(self, method: GradientMethod) -> Tensor:
         """The weights ``[1, T]`` of the gradients of parameters that are not shared."""
         weights = self.weights if method.scale_heads else torch.ones_like(self.weights[:1])
+        if self.solved is not None:  # a head whose task misses the shared parameters goes on as it is
+            weights = torch.where(self.solved, weights, 1.0)
         return weights if self.kept is None else torch.where(self.kept, weights, 0.0)
 
 
@@ -138,19 +171,20 @@ def decide(
         bad = ", ".join(name for name, fine in zip(names, ok, strict=True) if not fine)
         raise FloatingPointError(f"gradient or loss not finite: {bad}")
     weights = method.weigh(step)
-    return Decision(weights if max_norm is None else clip(weights, gramian, max_norm), kept)
+    solved = None if mask is None else mask.any(0)
+    return Decision(weights if max_norm is None else clip(weights, gramian, max_norm), solved, kept)
 
 
 def clip(weights: Tensor, gramian: Tensor, max_norm: float) -> Tensor:
     """Scale the weights so that the combined gradient's norm is at most ``max_norm``.
 
     The squared norm is the sum over the groups of ``w^T M w``, whose rounding is relative to ``sum |w_i w_j M_ij|``:
-    where the terms cancel below 1e-6 of that sum, that bound takes the norm's place, so the result may come out shorter
-    than ``max_norm``, but not longer.
+    where the terms cancel below 1e-5 of that sum, that bound takes the norm's place, so the result may come out shorter
+    than ``max_norm``, but longer by rounding only.
     """
     pairs = weights.unsqueeze(-1) * weights.unsqueeze(-2)
     terms = torch.where(pairs == 0, pairs, pairs * gramian)
-    square = torch.maximum(terms.sum(), 1e-6 * terms.abs().sum())
+    square = torch.maximum(terms.sum(), 1e-5 * terms.abs().sum())
     return weights * (max_norm / square.sqrt()).clamp(max=1.0)
 
 
@@ -166,20 +200,52 @@ def restored_on_error(method: GradientMethod) -> Iterator[None]:
         raise
 
 
-def accumulate(params: Sequence[Tensor], rows: Rows, weights: Tensor) -> None:
-    """Add the weighted rows to the parameters' ``.grad``, as ``loss.backward()`` would.
+def accumulate(*jobs: tuple[Sequence[Tensor], Rows, Tensor]) -> None:
+    """Add weighted rows to parameters' ``.grad``, as ``loss.backward()`` would.
 
     A parameter that no task reaches is left alone. Nothing is written if anything raises.
+
+    Args:
+        jobs: Parameters, their rows, and the rows' weights.
+
+    Raises:
+        TypeError: A ``.grad`` to be added to is sparse, complex or sharded.
     """
-    reached = rows.reached()
-    fresh = [p for p in reached if params[p].grad is None]
-    existing = [p for p in reached if params[p].grad is not None]
-    new = []
-    if fresh:
-        new = ops.combine(rows if len(fresh) == rows.num_params else rows.select(fresh), weights)
-    if existing:
-        out = [params[p].grad for p in existing]
-        ops.combine_(rows.select(existing), weights, out)  # type: ignore[arg-type]
-    for p, grad in zip(fresh, new, strict=True):
-        param = params[p]
+    work: list[tuple[Rows, Tensor, list[int]]] = []
+    new: list[tuple[Tensor, Tensor]] = []
+    for params, rows, weights in jobs:
+        reached = rows.reached()
+        refuse_unsupported(params, [p.grad for p in params], {})
+        fresh = [p for p in reached if params[p].grad is None]
+        work.append((rows, weights, [p for p in reached if params[p].grad is not None]))
+        if fresh:
+            part = rows if len(fresh) == rows.num_params else rows.select(fresh)
+            new += zip([params[p] for p in fresh], ops.combine(part, weights), strict=True)
+    for (params, _, _), (rows, weights, existing) in zip(jobs, work, strict=True):
+        if existing:
+            ops.combine_(rows.select(existing), weights, [params[p].grad for p in existing])  # type: ignore[misc]
+    for param, grad in new:
         param.grad = grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
+
+
+def refuse_unsupported(params: Sequence[Tensor], grads: Sequence[Tensor | None], names: dict[int, str]) -> None:
+    """Refuse gradients that no kernel reads.
+
+    Args:
+        params: Parameters.
+        grads: A gradient for each, or None.
+        names: The parameters' names by id, where known.
+
+    Raises:
+        TypeError: A gradient is sparse, complex or sharded (DTensor); the text names the parameter.
+    """
+    for p, g in zip(params, grads, strict=True):
+        if g is None or (type(g) is Tensor and not g.is_sparse and not g.is_complex()):
+            continue
+        name = names.get(id(p), f"a parameter of shape {list(p.shape)}")
+        if g.layout is not torch.strided:
+            raise TypeError(f"{name}: sparse gradients are not supported; construct the embedding with sparse=False")
+        if g.is_complex():
+            raise TypeError(f"{name}: complex gradients are not supported")
+        if hasattr(g, "full_tensor"):
+            raise TypeError(f"{name}: sharded gradients (FSDP2, DTensor) are not supported")

@@ -22,7 +22,8 @@ _layers: weakref.WeakValueDictionary[int, FeatureSurgery] = weakref.WeakValueDic
 _numbers = itertools.count()
 
 
-@torch.library.custom_op("fastmtl::layer_weights", mutates_args=())
+# State moves inside, so a graph that is captured and replayed by torch.compile must not contain it.
+@torch.library.custom_op("fastmtl::layer_weights", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _layer_weights(gramian: Tensor, number: int) -> Tensor:
     return _layers[number]._weigh(gramian)
 
@@ -39,6 +40,8 @@ class _Surgery(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, number: int, num_tasks: int, features: Tensor) -> Tensor:
         ctx.number = number
+        ctx.layer = None if torch.compiler.is_compiling() else _layers[number]  # alive until backward
+        ctx.used = False
         ctx.set_materialize_grads(False)
         return features.unsqueeze(0).expand(num_tasks, *features.shape)
 
@@ -48,12 +51,19 @@ class _Surgery(torch.autograd.Function):
             raise RuntimeError("FeatureSurgery cannot be differentiated twice (create_graph=True)")
         if grad is None:
             return None, None, None
+        if not torch.compiler.is_compiling():
+            if ctx.used:
+                raise RuntimeError(
+                    "FeatureSurgery: a second backward pass through one forward pass; all losses must reach the layer "
+                    "in one: surgery.total(losses).backward()"
+                )
+            ctx.used = True
         rows = Rows([grad], grad.shape[0], stacked=True)
         gramian = ops.gram(rows)
         if torch.compiler.is_compiling():
             weights = torch.ops.fastmtl.layer_weights(gramian, ctx.number)
         else:
-            weights = _layers[ctx.number]._weigh(gramian)
+            weights = ctx.layer._weigh(gramian)
         return None, None, ops.combine(rows, weights)[0]
 
 
@@ -83,7 +93,8 @@ class FeatureSurgery(nn.Module):
 
     Note:
         Cost: T x (size of the features) instead of T x P: two reads of the features' gradients and one write. No host
-        synchronisation. The losses must reach the layer in one backward pass of their sum, as `total` gives it.
+        synchronisation. The losses must reach the layer in one backward pass of their sum: call `total` in every step,
+        and its ``backward()`` before the next `total`. A second pass through the same forward pass raises.
 
     Reference:
         Sener and Koltun, "Multi-Task Learning as Multi-Objective Optimization", NeurIPS 2018, section 3.3, generalised
@@ -107,6 +118,8 @@ class FeatureSurgery(nn.Module):
         check_method(method)
         if num_tasks < 1:
             raise ValueError(f"num_tasks: expected at least 1, found {num_tasks}")
+        if isinstance(method, LossWeighting) and method.num_tasks not in (None, num_tasks):
+            raise ValueError(f"num_tasks: {type(method).__name__} is for {method.num_tasks} tasks, found {num_tasks}")
         if nonfinite not in ("propagate", "drop_task"):
             raise ValueError(f"nonfinite: a layer knows 'propagate' and 'drop_task', found {nonfinite!r}")
         if nonfinite == "drop_task" and scaler is not None:
@@ -138,11 +151,13 @@ class FeatureSurgery(nn.Module):
         """
         if not isinstance(features, Tensor):
             raise TypeError(f"features: expected a tensor, found {type(features).__name__}")
-        self._has_losses = False
-        self._all_present = True
         identity = not (self.training and torch.is_grad_enabled() and features.requires_grad)
         if identity or isinstance(self.method, LossWeighting):
             return (features,) * self.num_tasks
+        # A new step, whose losses are still to come; unless activation checkpointing repeats this one within backward.
+        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+            self._has_losses = False
+            self._all_present = True
         return _Surgery.apply(self._number, self.num_tasks, features).unbind(0)
 
     def total(self, losses: LossesLike) -> Tensor:
@@ -163,6 +178,9 @@ class FeatureSurgery(nn.Module):
         if len(parsed) != self.num_tasks:
             raise ValueError(f"losses: expected {self.num_tasks} tasks, found {len(parsed)}")
         if self.training and torch.is_grad_enabled():
+            device = parsed.device
+            if self.losses.device != device:  # a layer without parameters is easily forgotten in model.to(device)
+                self.losses, self.present = self.losses.to(device), self.present.to(device)
             with torch.no_grad():
                 self.losses.copy_(parsed.values())
                 self.present.fill_(True)

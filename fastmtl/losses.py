@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 LossesLike = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
-"""T scalar losses: a sequence, a mapping from task name, or one 1-D tensor; None: the task is absent."""
+"""T scalar losses: a sequence, a mapping from task name, or one 1-D tensor; None: the task is absent. A mapping's order
+is the order of the tasks: state that methods keep per task goes by it, so keep it the same in every step."""
 
 
 @dataclass(frozen=True)

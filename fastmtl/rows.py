@@ -88,17 +88,24 @@ class Rows:
         return None if all(map(all, present)) else constant_mask(present, self.device)
 
 
+MAX_MASKS = 4096
 _masks: dict[tuple, Tensor] = {}
 
 
 def constant_mask(present: Sequence[Sequence[bool]], device: torch.device) -> Tensor:
-    """A bool tensor from the host's pattern, kept, so that a pattern is sent to a device once."""
+    """A bool tensor from the host's pattern, kept for good, so that a pattern is sent to a device once.
+
+    A captured CUDA graph holds the address of its masks, so none is ever dropped; beyond `MAX_MASKS` patterns, new ones
+    are not kept.
+    """
     key = (device, tuple(map(tuple, present)))
-    if key not in _masks:
-        if len(_masks) >= 256:
-            _masks.clear()
-        _masks[key] = torch.tensor(present, dtype=torch.bool, device=device)
-    return _masks[key]
+    kept = _masks.get(key)
+    if kept is not None:
+        return kept
+    mask = torch.tensor(present, dtype=torch.bool, device=device)
+    if type(mask) is torch.Tensor and len(_masks) < MAX_MASKS:  # not a fake one, of tracing
+        _masks[key] = mask
+    return mask
 
 
 def as_rows(grads: Gradients | Rows, groups: Sequence[int] | None = None) -> Rows:
@@ -155,7 +162,7 @@ def as_rows(grads: Gradients | Rows, groups: Sequence[int] | None = None) -> Row
 class ThroughGrad:
     """Fills rows by ``torch.autograd.grad``: touches no ``.grad`` and fires no hooks of the parameters.
 
-    Rows may alias each other, be transposed or have stride 0. Finds nothing under reentrant checkpointing and FSDP2.
+    Rows may alias each other, be transposed or have stride 0. Finds nothing under reentrant checkpointing.
     """
 
     def __init__(self, params: Sequence[Tensor]) -> None:
@@ -205,7 +212,8 @@ class ThroughBackward:
 
     def take(self) -> list[Tensor | None]:
         """What backward has left in ``.grad`` since the last time."""
-        grads = [p.grad for p in self.params]
+        # A view lies in a bucket of DistributedDataParallel, which the next pass overwrites.
+        grads = [g.clone() if g is not None and g._is_view() else g for g in (p.grad for p in self.params)]
         for p in self.params:
             p.grad = None
         return grads

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -16,10 +16,13 @@ from fastmtl.engine import (
     check_method,
     check_nonfinite,
     decide,
+    refuse_options,
+    refuse_unsupported,
     restored_on_error,
     scale_of,
     task_mask,
     unscaled,
+    warn_if_distributed,
 )
 from fastmtl.losses import Losses, LossesLike, parse_losses
 from fastmtl.parameters import GroupsLike, ParamsLike, resolve_groups, resolve_params
@@ -79,6 +82,7 @@ class TaskGradients:
         if names is not None and len(names) != num_tasks:
             raise ValueError(f"names: expected one per task ({num_tasks}), found {len(names)}")
         by_name = resolve_params(shared_params, model, "shared_params")
+        self._param_names = {id(p): name for name, p in by_name.items()}
         self.num_tasks = num_tasks
         self.names = tuple(names) if names is not None else tuple(f"task {t}" for t in range(num_tasks))
         self.shared = list(by_name.values())
@@ -118,6 +122,7 @@ class TaskGradients:
         with ThroughBackward([*self.shared, *self.heads]) as run:
             yield
             new = run.take()
+            refuse_unsupported(run.params, new, self._param_names)
         old = self._rows[task]
         self._rows[task] = new if old is None else [_sum(a, b) for a, b in zip(old, new, strict=True)]
 
@@ -133,7 +138,7 @@ class TaskGradients:
 
         Args:
             method: A gradient method or a loss weighting. Those that scale heads need ``heads=`` at construction.
-            losses: Raw loss values; None: those that `backward` has seen.
+            losses: Raw loss values, a mapping by the tasks' names; None: those that `backward` has seen.
             nonfinite: As for `fastmtl.backward`; ``"skip"`` and ``"drop_task"`` reach only heads
                 that were given.
             max_norm: As for `fastmtl.backward`.
@@ -154,18 +159,19 @@ class TaskGradients:
                 f"{type(method).__name__} scales the heads too: pass heads= to TaskGradients, "
                 "or scale_heads=False to the method if it has it"
             )
+        warn_if_distributed()
         parsed = self._parse(losses)
         n = len(self.shared)
         rows = Rows.by_task([r and r[:n] for r in self._rows], self._groups, self._num_groups)
         heads = Rows.by_task([r and r[n:] for r in self._rows])
         if isinstance(method, LossWeighting):
+            refuse_options(method, nonfinite=nonfinite, max_norm=max_norm)
             return self._weigh_losses(method, parsed, rows, heads)
         gramian = unscaled(ops.gram(rows), scale_of(self.scaler, rows.device))
         with restored_on_error(method):
             decision = decide(method, gramian, task_mask(rows, None), parsed, self.names, nonfinite, max_norm)
             if not decision.skip:
-                accumulate(self.shared, rows, decision.weights)
-                accumulate(self.heads, heads, decision.for_heads(method))
+                accumulate((self.shared, rows, decision.weights), (self.heads, heads, decision.for_heads(method)))
         return self._finish(decision.weights, gramian)
 
     def _weigh_losses(self, method: LossWeighting, losses: Losses | None, rows: Rows, heads: Rows) -> Result:
@@ -173,8 +179,7 @@ class TaskGradients:
             raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
         total, weights = method.slopes(losses.items)
         weights = weights.to(rows.device)
-        accumulate(self.shared, rows, weights.expand(rows.num_groups, -1))
-        accumulate(self.heads, heads, weights)
+        accumulate((self.shared, rows, weights.expand(rows.num_groups, -1)), (self.heads, heads, weights))
         if total.requires_grad:
             scale = scale_of(self.scaler, total.device)
             total.backward(None if scale is None else scale.to(total.dtype))
@@ -195,6 +200,11 @@ class TaskGradients:
             if any(p and x is None for p, x in zip(present, items, strict=True)):
                 return None
         else:
+            if isinstance(losses, Mapping):
+                unknown = [name for name in losses if name not in self.names]
+                if unknown:
+                    raise ValueError(f"losses: no task is named {unknown[0]!r}; the tasks are {', '.join(self.names)}")
+                losses = {name: losses.get(name) for name in self.names}
             parsed = parse_losses(losses, differentiable=False)
             if len(parsed) != self.num_tasks:
                 raise ValueError(f"losses: expected {self.num_tasks} tasks, found {len(parsed)}")

@@ -231,13 +231,47 @@ def test_a_task_that_reaches_no_shared_parameter_has_weight_0_and_its_head_train
         assert out.weights[:2].isfinite().all()
 
 
-def test_no_task_reaches_the_shared_parameters() -> None:
+@pytest.mark.parametrize("argument", ["shared_params", "gramian_params"])
+def test_parameters_of_another_model_are_refused(argument: str) -> None:
+    """They would go without gradients, and the real trunk would count as heads."""
     model = nets.mlp(2)
-    losses = [h.weight.sum() for h in model.heads]
-    for make in (PCGrad, GradVac, MGDA):
-        out = fastmtl.backward(losses, make(), model.trunk, retain_graph=True)
-        assert out.weights.tolist() == [0, 0]
-        assert all(p.grad is None for p in model.trunk.parameters())
+    other = copy.deepcopy(model)
+    arguments = {"shared_params": model.trunk, argument: other.trunk}
+    with pytest.raises(ValueError, match=f"{argument}: no loss reaches"):
+        fastmtl.backward(model.losses(inputs()), MGDA(), **arguments)
+    assert all(p.grad is None for m in (model, other) for p in m.parameters())
+
+
+def test_options_that_a_loss_weighting_cannot_honour_are_refused() -> None:
+    model = nets.mlp(2)
+    for option in ({"max_norm": 1.0}, {"nonfinite": "skip"}, {"gramian_params": model.trunk}):
+        with pytest.raises(ValueError, match=f"{next(iter(option))}: UncertaintyWeighting is a loss weighting"):
+            fastmtl.backward(model.losses(inputs()), fastmtl.UncertaintyWeighting(2), model.trunk, **option)
+
+
+def test_discovery_starts_anew_for_another_number_of_tasks() -> None:
+    model = nets.mlp(3)
+    early = lambda: model.trunk[0](inputs()).pow(2).mean()  # noqa: E731
+    fastmtl.backward([model.losses(inputs())[0], early()], MGDA(), model=model)  # shares the first layer only
+    out = fastmtl.backward([*model.losses(inputs())[:2], early()], MGDA(), model=model)
+    assert len(out.grads) == len(list(model.trunk.parameters()))
+
+
+def test_a_failing_head_leaves_shared_grads_alone() -> None:
+    model = nets.mlp(2)
+    model.heads[0].weight.grad = torch.zeros_like(model.heads[0].weight).to_sparse()
+    before = model.heads[0].weight.grad
+    with pytest.raises(TypeError, match="sparse"):
+        fastmtl.backward(model.losses(inputs()), MGDA(), model.trunk)
+    assert all(p.grad is None for p in model.trunk.parameters())
+    assert model.heads[0].weight.grad is before
+
+
+def test_a_task_that_misses_the_trunk_still_trains_its_own_head() -> None:
+    model = nets.mlp(3)
+    losses = [*model.losses(inputs())[:2], (model.heads[2].weight * 3).sum()]
+    fastmtl.backward(losses, fastmtl.GradNorm(), model.trunk)
+    assert (model.heads[2].weight.grad == 3).all()
 
 
 @pytest.mark.parametrize("filler", ["grad", "backward"])
@@ -818,7 +852,7 @@ def test_another_number_of_tasks_than_the_state_has() -> None:
 
 def test_sparse_gradients_are_refused_by_name() -> None:
     embedding, linear = nn.Embedding(10, 4, sparse=True), nn.Linear(4, 4)
-    for shared, name in (({"shared_params": embedding}, "weight"), ({"shared_params": linear}, "not shared")):
+    for shared, name in (({"shared_params": embedding}, "weight"), ({"shared_params": linear}, r"shape \[10, 4\]")):
         z = linear(embedding(torch.arange(5)))
         method = GradVac()
         with assert_untouched(embedding, linear, method), pytest.raises(TypeError, match=f"{name}.*sparse"):

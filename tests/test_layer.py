@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import fastmtl
 from fastmtl import MGDA, FeatureSurgery, GradNorm, GradVac, PCGrad, UncertaintyWeighting
@@ -441,3 +442,49 @@ def test_compiled_with_absent_tasks() -> None:
         if absent is not None:
             assert net.surgery.result.weights[absent] == 0
         assert_grads(net.trunk.parameters(), [p.grad for p in eager.trunk.parameters()], rtol=1e-9)
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_around_layer_and_heads(use_reentrant: bool) -> None:
+    """The forward pass is repeated within backward, when the losses and absent tasks are known already."""
+    expected, found = LayerNet(MGDA()), LayerNet(MGDA())
+    found.load_state_dict(expected.state_dict())
+    x = inputs().requires_grad_()
+    for net, wrapped in ((expected, False), (found, True)):
+
+        def outputs(x: Tensor, net: LayerNet = net) -> tuple[Tensor, ...]:
+            return tuple(head(z) for head, z in zip(net.heads, net.surgery(net.trunk(x)), strict=True))
+
+        outs = checkpoint(outputs, x, use_reentrant=use_reentrant) if wrapped else outputs(x)
+        losses: list[Tensor | None] = [(out - t).square().mean() for t, out in enumerate(outs)]
+        losses[1] = None
+        net.surgery.total(losses).backward()
+        assert net.surgery.result is not None
+        assert net.surgery.result.weights[1] == 0
+    for p, q in zip(expected.trunk.parameters(), found.trunk.parameters(), strict=True):
+        torch.testing.assert_close(p.grad, q.grad)
+
+
+def test_validation_between_total_and_backward_changes_nothing() -> None:
+    net, x = LayerNet(MGDA()), inputs()
+    losses: list[Tensor | None] = [*net.losses(x)]
+    losses[0] = None
+    total = net.surgery.total(losses)
+    with torch.no_grad():
+        net.losses(x)
+    total.backward()
+    assert net.surgery.result is not None
+    assert net.surgery.result.weights[0] == 0
+
+
+def test_one_backward_per_loss_raises() -> None:
+    net, x = LayerNet(MGDA()), inputs()
+    first, second, *_ = net.losses(x)
+    first.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second backward pass"):
+        second.backward()
+
+
+def test_weighting_for_another_number_of_tasks_is_refused() -> None:
+    with pytest.raises(ValueError, match="num_tasks: UncertaintyWeighting is for 3 tasks, found 2"):
+        fastmtl.FeatureSurgery(UncertaintyWeighting(3), num_tasks=2)

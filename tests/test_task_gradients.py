@@ -246,3 +246,35 @@ def test_errors() -> None:
         rows.backward(1, torch.tensor(1.0))
     with pytest.raises(TypeError, match="method"):
         rows.combine(MGDA)  # type: ignore[arg-type]
+
+
+def test_losses_by_name_find_their_task_whatever_the_order() -> None:
+    found = {}
+    for order in (("a", "b"), ("b", "a")):
+        model = nets.mlp(2)
+        rows = fastmtl.TaskGradients(model.trunk, 2, names=["a", "b"])
+        for t, loss in enumerate(model.losses(torch.randn(4, 5, dtype=torch.float64))):
+            with rows.task(t):
+                loss.backward(retain_graph=True)
+        method = fastmtl.GradNorm(scale_heads=False)
+        values = {"a": torch.tensor(1.0), "b": torch.tensor(5.0)}
+        rows.combine(method, {name: values[name] for name in order})
+        found[order] = method.initial_losses.tolist()
+    assert list(found.values()) == [[1, 5], [1, 5]]
+    with rows.task(0):
+        pass
+    with pytest.raises(ValueError, match="no task is named 'c'"):
+        rows.combine(fastmtl.GradNorm(scale_heads=False), {"a": values["a"], "c": values["b"]})
+
+
+def test_rows_are_kept_when_grad_is_a_view_of_a_bucket() -> None:
+    """DistributedDataParallel with gradient_as_bucket_view leaves views in .grad, which its next pass overwrites."""
+    w = torch.nn.Parameter(torch.ones(3))
+    bucket = torch.zeros(4)
+    rows = fastmtl.TaskGradients([w], 2)
+    for t in range(2):
+        with rows.task(t):
+            bucket[:3] = t + 1.0
+            w.grad = bucket[:3]
+    out = rows.combine(fastmtl.MGDA())
+    assert out.gramian.tolist() == [[3, 6], [6, 12]]

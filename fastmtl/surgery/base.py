@@ -204,9 +204,8 @@ class RandomOrderMethod(GradientMethod):
         elif order not in ("random", "fixed", "shared"):
             raise ValueError(f"order: expected 'random', 'fixed', 'shared' or a tensor, found {order!r}")
         self.order = order
-        seed = torch.randint(
-            2**62, (), generator=generator, dtype=torch.int64, device=getattr(generator, "device", None)
-        )
+        device = "cpu" if generator is None else generator.device
+        seed = torch.randint(2**62, (), generator=generator, dtype=torch.int64, device=device)
         self.register_buffer("rng", torch.stack([seed.cpu(), torch.zeros_like(seed, device="cpu")]))
 
     def draw(self, step: Step) -> tuple[Tensor | str, Tensor]:

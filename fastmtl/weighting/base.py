@@ -31,12 +31,12 @@ class LossWeighting(nn.Module):
         self._last_versions: list[int] = []
         self._unchanged = 0
 
-    def scalar(self, losses: Tensor, tasks: Tensor | None) -> Tensor:
+    def scalar(self, losses: Tensor, tasks: Sequence[int] | None) -> Tensor:
         """The weighted loss.
 
         Args:
             losses: Values of the present tasks, ``[n]``.
-            tasks: Their indices among the T tasks, int64 ``[n]``; None if all are present.
+            tasks: Their n indices among the T tasks; None if all are present.
         """
         raise NotImplementedError
 
@@ -57,7 +57,7 @@ class LossWeighting(nn.Module):
         if len(values) == len(parsed):
             return self.scalar(values, None)
         tasks = [t for t, x in enumerate(parsed.items) if x is not None]
-        return self.scalar(values, torch.tensor(tasks, device=values.device))
+        return self.scalar(values, tasks)
 
     def _watch(self) -> None:
         """Warn once if this weighting's parameters get gradients that no optimizer uses."""

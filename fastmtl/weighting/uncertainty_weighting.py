@@ -20,7 +20,7 @@ class UncertaintyWeighting(LossWeighting):
     or ``exp(-s_t) L_t + s_t / 2`` (classification).
 
     ``s`` is a parameter of this module and must be given to the optimizer, without weight decay:
-    ``torch.optim.Adam([*model.parameters()] + [weighting.parameter_group()])`` with the model's in a group too.
+    ``torch.optim.Adam([{"params": [*model.parameters()]}, weighting.parameter_group()])``.
 
     Args:
         num_tasks: T.
@@ -62,9 +62,12 @@ class UncertaintyWeighting(LossWeighting):
 
     factor: Tensor
 
-    def scalar(self, losses: Tensor, tasks: Tensor | None) -> Tensor:
+    def scalar(self, losses: Tensor, tasks: Sequence[int] | None) -> Tensor:
         """See `LossWeighting.scalar`."""
-        s, factor = (self.s, self.factor) if tasks is None else (self.s[tasks], self.factor[tasks])
+        s: Tensor = self.s
+        factor = self.factor
+        if tasks is not None:  # one by one: an index tensor would have to be sent to the device
+            s, factor = torch.stack([s[t] for t in tasks]), torch.stack([factor[t] for t in tasks])
         return (factor * torch.exp(-s) * losses + 0.5 * s).sum()
 
     def parameter_group(self, **options: Any) -> dict[str, Any]:
