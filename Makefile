@@ -4,6 +4,8 @@ TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip install --quiet --disable-pip-version-check
+# compat: a plain path entry, so that a script beside the checkout does not take its folder for the package
+EDITABLE := --no-build-isolation --config-settings editable_mode=compat --editable
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
@@ -19,15 +21,15 @@ $(VENV)/torch: # torch comes first: the build needs it, and an index of the user
 	@touch $@
 
 $(VENV)/fastmtl: $(VENV)/torch $(SOURCES)
-	$(PIP) --no-build-isolation --editable ".[demo]"
+	$(PIP) $(EDITABLE) ".[demo]"
 	@touch $@
 
 $(VENV)/test: $(VENV)/fastmtl
-	$(PIP) --no-build-isolation --editable ".[demo,test]"
+	$(PIP) $(EDITABLE) ".[demo,test]"
 	@touch $@
 
 $(VENV)/lint: $(VENV)/fastmtl
-	$(PIP) --no-build-isolation --editable ".[lint]"
+	$(PIP) $(EDITABLE) ".[lint]"
 	@touch $@
 
 demo: $(VENV)/fastmtl ## train 25 tasks on customer reviews with every method: a table and plots in demo-output/

@@ -4,7 +4,7 @@ A gradient method is rows -> Gramian -> weights -> combine. The ways in: `backwa
 `FeatureSurgery` (feature level), `TaskGradients` (one batch per task), `aggregate` (gradients at hand).
 """
 
-from importlib.metadata import PackageNotFoundError, version
+from importlib import metadata as _metadata
 
 from fastmtl import ops, reference, solvers
 from fastmtl.aggregate import aggregate
@@ -16,8 +16,8 @@ from fastmtl.task_gradients import TaskGradients
 from fastmtl.weighting import LossWeighting, UncertaintyWeighting
 
 try:
-    __version__ = version("fastmtl")
-except PackageNotFoundError:  # run from a checkout that was never installed
+    __version__ = _metadata.version("fastmtl")
+except _metadata.PackageNotFoundError:  # run from a checkout that was never installed
     __version__ = "unknown"
 
 __all__ = [

@@ -8,7 +8,7 @@ import sys
 
 USAGE = """usage: python -m fastmtl COMMAND
 
-  info   versions, what the compiled extension is and can, what to do where it is missing
+  info   versions, and the state of the compiled extension
   demo   train 25 tasks on customer reviews with every method (--help for options)
 """
 
@@ -20,10 +20,14 @@ def info() -> int:
     import fastmtl
     from fastmtl import _extension
 
+    cuda = f"CUDA {torch.version.cuda}" if torch.version.cuda else "CPU-only build"
     lines = [
         ("fastmtl", fastmtl.__version__),
         ("python", f"{platform.python_version()} on {platform.machine()} {platform.system()}"),
-        ("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'not in it'}, {torch.get_num_threads()} threads"),
+        (
+            "torch",
+            f"{torch.__version__}, {cuda}, {torch.get_num_threads()} threads",
+        ),
     ]
     if _extension.module is None:
         lines += [("extension", f"missing: {_extension.missing_because}"), ("to do", _extension.CURE)]

@@ -292,7 +292,9 @@ def _known_shared(
     if shared_params is not None:
         return resolve_params(shared_params, model, "shared_params")
     if model is None:
-        raise ValueError("shared_params: pass them, or model= to have them found")
+        raise ValueError(
+            "shared_params: missing; pass the shared trunk, or model= to have found what several tasks reach"
+        )
     if model not in _shared_of:
         return None
     trainable = resolve_params(model, model, "model")

@@ -29,8 +29,9 @@ def check_method(method: Any) -> None:
         TypeError: ``method`` is neither a gradient method nor a loss weighting.
     """
     if not isinstance(method, GradientMethod | LossWeighting):
-        hint = "; did you mean to construct it?" if isinstance(method, type) else ""
-        raise TypeError(f"method: expected a fastmtl method such as fastmtl.PCGrad(), found {method!r}{hint}")
+        if isinstance(method, type):
+            raise TypeError(f"method: expected a fastmtl method, found the class; construct it: {method.__name__}()")
+        raise TypeError(f"method: expected a fastmtl method such as fastmtl.PCGrad(), found {type(method).__name__}")
 
 
 def check_nonfinite(nonfinite: str, scaler: Any) -> None:
@@ -76,6 +77,8 @@ def scale_of(scaler: Any, device: torch.device) -> Tensor | None:
     """The loss scale as a float32 scalar on ``device``, without a synchronisation; None without a scaler."""
     if scaler is None:
         return None
+    if not callable(getattr(scaler, "scale", None)):
+        raise TypeError(f"scaler: expected a torch.amp.GradScaler, found {type(scaler).__name__}")
     scale: Tensor = scaler.scale(torch.ones((), dtype=torch.float32, device=device))
     return scale
 
@@ -156,7 +159,9 @@ def decide(
     if method.needs_losses and losses is None:
         raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
     if method.scale_heads and gramian.shape[0] != 1:
-        raise ValueError(f"{type(method).__name__}: scale_heads needs one group, found {gramian.shape[0]}")
+        raise ValueError(
+            f"{type(method).__name__}: scale_heads needs one group, found {gramian.shape[0]}; drop groups="
+        )
     values = None
     if losses is not None and (method.needs_losses or nonfinite != "propagate"):
         values = losses.values().to(gramian.device)

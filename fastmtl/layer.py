@@ -70,10 +70,10 @@ class _Surgery(torch.autograd.Function):
 class FeatureSurgery(nn.Module):
     """Gradient surgery on the shared representation: one trunk pass, whatever the number of tasks.
 
-    Put it between trunk and heads; each head reads its own copy of the features. In the ordinary ``backward()`` the T
-    gradients that arrive at the features are combined by the method, flattened over the whole batch, and one gradient
-    goes on into the trunk. With `MGDA` this is MGDA-UB. Heads get their plain gradients. A loss weighting as the method
-    weighs the losses themselves, heads included.
+    Put it between trunk and heads; each head must read its own copy of the features, ``zs[t]``. In the ordinary
+    ``backward()`` the T gradients that arrive at the features are combined by the method, flattened over the whole
+    batch, and one gradient goes on into the trunk. With `MGDA` this is MGDA-UB. Heads get their plain gradients. A loss
+    weighting as the method weighs the losses themselves, heads included.
 
     In ``eval()`` mode, without gradients, and on features that need none, the layer is the identity, state does not
     move, and the T outputs are the same tensor: do not change one in place. (In training that raises.)
@@ -211,6 +211,10 @@ class FeatureSurgery(nn.Module):
     def _register(self) -> None:
         self._number = next(_numbers)
         _layers[self._number] = self
+
+    def extra_repr(self) -> str:
+        """The options, for ``repr``."""
+        return f"num_tasks={self.num_tasks}, nonfinite={self.nonfinite!r}"
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "result": None}

@@ -74,7 +74,10 @@ def parse_losses(losses: LossesLike, differentiable: bool = True) -> Losses:
     """
     if isinstance(losses, Tensor):
         if losses.dim() != 1:
-            raise ValueError(f"losses: expected one scalar per task, found a tensor of shape {list(losses.shape)}")
+            raise ValueError(
+                f"losses: expected one scalar per task, found a tensor of shape {list(losses.shape)}; "
+                "pass the losses themselves, not their sum"
+            )
         items: list[Tensor | None] = list(losses.unbind(0))
         names = tuple(f"task {t}" for t in range(len(items)))
     elif isinstance(losses, Mapping):

@@ -25,6 +25,8 @@ def resolve_params(params: ParamsLike, model: nn.Module | None, argument: str) -
         ValueError: A name is unknown or has no model to be found in, a tensor is not a trainable leaf, or nothing is
             trainable.
     """
+    if not isinstance(params, nn.Module | Tensor | str | Iterable):
+        raise TypeError(f"{argument}: expected a module, parameters or names, found {type(params).__name__}")
     entries = [params] if isinstance(params, nn.Module | Tensor | str) else list(params)
     prefixes: dict[int, str] = {}
     names: dict[int, str] = {}
@@ -57,7 +59,8 @@ def resolve_params(params: ParamsLike, model: nn.Module | None, argument: str) -
         else:
             raise TypeError(f"{argument}[{i}]: expected a module, a parameter or a name, found {type(entry).__name__}")
     if not found:
-        raise ValueError(f"{argument}: no trainable parameter in it")
+        what = "nothing in it (a generator that was used already?)" if not entries else "no trainable parameter in it"
+        raise ValueError(f"{argument}: {what}")
     return found
 
 

@@ -26,6 +26,13 @@ class Result:
     weights: Tensor
     gramian: Tensor | None
 
+    def __repr__(self) -> str:
+        """Weights and shapes; never the gradients."""
+        grads = [self.grads] if isinstance(self.grads, Tensor) else list(self.grads or ())
+        shapes = [None if g is None else list(g.shape) for g in grads[:3]] + ["..."] * (len(grads) > 3)
+        gramian = None if self.gramian is None else list(self.gramian.shape)
+        return f"Result(weights={self.weights}, gramian of shape {gramian}, grads of shapes {shapes})"
+
     @property
     def cosines(self) -> Tensor:
         """Cosines between the tasks' gradients, shaped as ``gramian``; 0 where a gradient is zero.

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -56,10 +58,11 @@ def test_frozen_parameters_of_a_module_are_left_out() -> None:
         ([3], TypeError, r"shared_params\[0\].*int"),
         ([torch.ones(3)], ValueError, r"shared_params\[0\].*trainable leaf"),
         ([torch.ones(3, requires_grad=True) * 2], ValueError, r"shared_params\[0\].*trainable leaf"),
-        ([], ValueError, "no trainable parameter"),
+        ([], ValueError, "nothing in it"),
+        (torch.nn.ReLU(), ValueError, "no trainable parameter"),
     ],
 )
-def test_errors(params: list, kind: type[Exception], error: str) -> None:
+def test_errors(params: Any, kind: type[Exception], error: str) -> None:
     with pytest.raises(kind, match=error):
         resolve_params(params, nets.mlp(), "shared_params")
 

@@ -80,7 +80,7 @@ def progress(total: int) -> Iterator[Callable[[int], object]]:
         print("no progress bar: tqdm is not installed (pip install tqdm)")
         yield lambda steps: None
         return
-    with tqdm(total=total, unit="step", desc="training") as bar:
+    with tqdm(total=total, unit="step", desc="training", disable=None) as bar:  # None: silent in a log
         yield bar.update
 
 

@@ -60,7 +60,7 @@ def verdict(outcome: Outcome, tasks: list[Task]) -> list[str]:
         best, values = max(rows, key=lambda row: row[1][column])
         gain = values[column] - own[column]
         if gain > NEAR:
-            losses.append(f"{group} ({best.label} {gain:+.3f})")
+            losses.append(f"{group} ({best.label}, by about {gain:.2f})")
         else:
             (wins if gain < -NEAR else level).append(group)
     worse = [r.label for r, values in rows if values[-1] < own[-1] - NEAR]
@@ -68,12 +68,17 @@ def verdict(outcome: Outcome, tasks: list[Task]) -> list[str]:
     if wins:
         sentences.append(f"Summed loss is best on {', '.join(wins)}.")
     if level:
-        sentences.append(f"Nothing beats summed loss by more than {NEAR} on {', '.join(level)}.")
+        sentences.append(
+            f"No method that shares the trunk beats summed loss by more than {NEAR} on {', '.join(level)}."
+        )
     if losses:
         sentences.append(f"Summed loss is beaten on {', '.join(losses)}.")
     if worse:
-        sentences.append(f"Summed loss beats these in mean AUC: {', '.join(worse)}.")
-    return [*sentences, "Its step is the cheapest: weigh every gain against the column 'x plain'."]
+        sentences.append(f"Summed loss beats these by more than {NEAR} in the mean: {', '.join(worse)}.")
+    return [
+        *sentences,
+        "Its step is the cheapest: weigh every gain against the column 'x plain', the cost in steps of summed loss.",
+    ]
 
 
 def quality_notes(outcome: Outcome, data: Dataset) -> list[str]:
@@ -116,10 +121,11 @@ def notes(outcome: Outcome, data: Dataset, judge: bool = True) -> str:
     if "pair-loop" in outcome.records:
         lines.append(
             "'PCGrad (pair loop)' is the same mathematics as PCGrad, written as a Python loop over pairs; it and "
-            "'T backwards, no surgery' make only a few steps, to be timed in the same turns as the others."
+            "'T backwards, no surgery' make only a few steps, timed between those of the others."
         )
     lines.append(
-        "Cost: median over turns of each method's step over the plain step of the same turn. Conflicting pairs: task "
+        "Cost: methods take turns of a few steps; 'x plain' is the median over the turns of a step's time over that of "
+        "summed loss in the same turn, so it need not be the ratio of the two ms. Conflicting pairs: task "
         "pairs whose gradients of the trunk have a negative cosine, on the same reviews for every method, all through "
         "training."
     )

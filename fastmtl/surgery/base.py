@@ -118,7 +118,10 @@ class GradientMethod(nn.Module):
         if not isinstance(gramian, Tensor):
             raise TypeError(f"gramian: expected a tensor, found {type(gramian).__name__}")
         if gramian.dim() not in (2, 3) or gramian.shape[-1] != gramian.shape[-2]:
-            raise ValueError(f"gramian: expected shape [T, T] or [K, T, T], found {list(gramian.shape)}")
+            raise ValueError(
+                f"gramian: expected shape [T, T] or [K, T, T], found {list(gramian.shape)}; for a Jacobian use "
+                "fastmtl.aggregate(jacobian, method)"
+            )
         m = gramian.detach().to(torch.float64)
         m = m.unsqueeze(0) if m.dim() == 2 else m
         scale = m.diagonal(dim1=-2, dim2=-1).abs().sqrt()
@@ -137,6 +140,11 @@ class GradientMethod(nn.Module):
                 raise ValueError(f"losses: expected shape [{m.shape[-1]}], found {list(values.shape)}")
         weights = self.weigh(make_step(m.contiguous(), present, values))
         return weights if gramian.dim() == 3 else weights[0]
+
+    def extra_repr(self) -> str:
+        """The options, for ``repr``."""
+        options = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
+        return ", ".join(f"{k}={v!r}" for k, v in options.items())
 
     # ---- state ---------------------------------------------------------------------------------------------------
 

@@ -59,6 +59,10 @@ class LossWeighting(nn.Module):
         tasks = [t for t, x in enumerate(parsed.items) if x is not None]
         return self.scalar(values, tasks)
 
+    def extra_repr(self) -> str:
+        """The number of tasks, for ``repr``."""
+        return f"num_tasks={self.num_tasks}"
+
     def _watch(self) -> None:
         """Warn once if this weighting's parameters get gradients that no optimizer uses."""
         if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):

@@ -315,7 +315,11 @@ def made_up(aucs: dict[str, float], tasks: list[data.Task]) -> train.Outcome:
 
 @pytest.mark.parametrize(
     ("other", "words"),
-    [(0.7, "Summed loss is best on stars, votes"), (0.802, "Nothing beats summed loss"), (0.9, "PCGrad +0.100")],
+    [
+        (0.7, "Summed loss is best on stars, votes"),
+        (0.802, "No method that shares the trunk beats summed loss"),
+        (0.9, "PCGrad, by about 0.10"),
+    ],
 )
 def test_verdict_says_where_summed_loss_wins(reviews: data.Reviews, other: float, words: str) -> None:
     tasks, _ = data.make_labels(reviews)
