@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from fastmtl import UncertaintyWeighting
+from fastmtl.weighting.base import UNCHANGED_CALLS
 
 KINDS = ["regression", "classification", "regression"]
 
@@ -92,3 +93,18 @@ def test_errors() -> None:
     for losses in ([torch.tensor(1.0)], [torch.tensor(1.0), None, None]):
         with pytest.raises(ValueError, match="losses: expected 2 tasks, found"):
             UncertaintyWeighting(2)(losses)
+
+
+def test_warns_once_if_no_optimizer_moves_it() -> None:
+    def train(weighting: UncertaintyWeighting, steps: int, optimizer: torch.optim.Optimizer | None) -> None:
+        for _ in range(steps):
+            weighting([torch.tensor(1.0, requires_grad=True), torch.tensor(2.0)]).backward()
+            if optimizer is not None:
+                optimizer.step()
+
+    forgotten = UncertaintyWeighting(2)
+    with pytest.warns(UserWarning, match="are they in an optimizer"):
+        train(forgotten, UNCHANGED_CALLS + 2, None)
+    train(forgotten, UNCHANGED_CALLS, None)  # once is enough: warnings are errors here
+    learned = UncertaintyWeighting(2)
+    train(learned, UNCHANGED_CALLS + 2, torch.optim.SGD([learned.parameter_group()], lr=0.1))
