@@ -1,7 +1,7 @@
 // Gramian on the CPU: M[k] = sum over the parameters of group k of G G^T, G being the parameter's T rows.
 //
 // Traffic: one read of the rows. Arithmetic: T (T + 1) / 2 multiply-adds per column. fp32, bf16 and fp16 are multiplied
-// and added in fp32 vectors, at most 1,024 columns at a time, whose sums are then added in fp64; fp64 throughout in fp64.
+// and added in fp32 vectors, at most 512 columns at a time, whose sums are then added in fp64; fp64 throughout in fp64.
 //
 // The columns of all parameters, ordered by group, are cut into jobs. A job takes its columns in chunks that stay in
 // the caches and fills the lower triangle tile by tile, each tile a block of dot products held in registers. Chunks are
@@ -58,7 +58,7 @@ const GramKernels& gram_kernels() {
 
 constexpr int kSmallRows = 8;               // up to here all types are read where they lie
 constexpr int kPanelRows = 100;             // from here on nothing is
-constexpr int64_t kSmallChunkBytes = 4096;  // of one row, as fp32 or fp64
+constexpr int64_t kSmallChunkBytes = 2048;  // of one row, as fp32 or fp64
 constexpr int64_t kLargeChunkBytes = 1024;
 
 // Uninitialized memory that begins at a cache line.
