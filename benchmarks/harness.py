@@ -148,6 +148,7 @@ class Report:
             for _ in range(self.rounds):
                 for name in order:
                     call, n = providers[name], repeats[name]
+                    gc.collect()  # what one provider leaves behind is not the next one's cost
                     start = clock()
                     for _ in range(n):
                         call()
