@@ -23,7 +23,10 @@ _numbers = itertools.count()
 
 
 # State moves inside, so a graph that is captured and replayed by torch.compile must not contain it.
-@torch.library.custom_op("fastmtl::layer_weights", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
+_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []  # not in every torch >= 2.10
+
+
+@torch.library.custom_op("fastmtl::layer_weights", mutates_args=(), tags=_TAGS)
 def _layer_weights(gramian: Tensor, number: int) -> Tensor:
     return _layers[number]._weigh(gramian)
 
