@@ -121,8 +121,8 @@ def backward(
     heads = [p for p in leaves if id(p) not in ids]
     hidden = "CheckpointFunctionBackward" in kinds  # reentrant checkpointing: what lies within is not in the graph
     if hidden and model is not None:
-        every = resolve_params(model, model, "model").values()
-        heads += [p for p in every if id(p) not in ids and all(p is not q for q in heads)]
+        seen = ids | {id(p) for p in heads}
+        heads += [p for p in resolve_params(model, model, "model").values() if id(p) not in seen]
     elif hidden and (gramian_params is not None or nonfinite != "propagate" or getattr(method, "scale_heads", False)):
         raise ValueError("model: needed here, since reentrant checkpointing hides which parameters the heads have")
     if filler == "auto":
