@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.engine import Method, check_method, decide, task_mask
+from fastmtl.engine import Method, check_method, decide, restored_on_error, task_mask, weighed_losses
 from fastmtl.losses import LossesLike, parse_losses
 from fastmtl.result import Result
 from fastmtl.rows import Gradients, as_rows
@@ -50,19 +50,15 @@ def aggregate(
         raise ValueError(f"losses: expected {rows.num_tasks} tasks, found {len(parsed)}")
     gramian: Tensor | None = None
     if isinstance(method, LossWeighting):
-        if parsed is None:
-            raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
-        total, weights = method.slopes(parsed.items)
-        weights = weights.to(rows.device).expand(rows.num_groups, -1)
+        with weighed_losses(method, parsed) as weights, torch.no_grad():
+            weights = weights.to(rows.device).expand(rows.num_groups, -1)
+            combined = ops.combine(rows, weights)
     else:
-        with torch.no_grad():
-            gramian = ops.gram(rows)
         names = parsed.names if parsed is not None else [f"task {t}" for t in range(rows.num_tasks)]
-        weights = decide(method, gramian, task_mask(rows, parsed), parsed, names).weights
-    with torch.no_grad():
-        combined = ops.combine(rows, weights)
-    if isinstance(method, LossWeighting) and total.requires_grad:
-        total.backward()
+        with torch.no_grad(), restored_on_error(method):
+            gramian = ops.gram(rows)
+            weights = decide(method, gramian, task_mask(rows, parsed), parsed, names).weights
+            combined = ops.combine(rows, weights)
     out = combined[0] if isinstance(grads, Tensor) else combined
     if groups is not None:
         return Result(out, weights, gramian)

@@ -25,6 +25,7 @@ from fastmtl.engine import (
     task_mask,
     unscaled,
     warn_if_distributed,
+    weighed_losses,
 )
 from fastmtl.losses import Losses, LossesLike, parse_losses
 from fastmtl.parameters import GroupsLike, ParamsLike, find_leaves, resolve_groups, resolve_params
@@ -220,11 +221,9 @@ def _loss_weighting(
     passes: _Passes, method: LossWeighting, shared: Sequence[Tensor], heads: Sequence[Tensor]
 ) -> Result:
     """One pass for everything, the heads weighted too, as by ``method(losses).backward()``."""
-    total, weights = method.slopes(passes.losses.items)
     params = [*shared, *heads]
-    _accumulate_one(params, passes.weighted(params, weights))
-    if total.requires_grad:
-        total.backward(None if passes.scale is None else passes.scale.to(total.dtype))
+    with weighed_losses(method, passes.losses, passes.scale) as weights:
+        _accumulate_one(params, passes.weighted(params, weights))
     return Result(tuple(p.grad for p in shared), weights, None)
 
 

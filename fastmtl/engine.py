@@ -194,7 +194,7 @@ def clip(weights: Tensor, gramian: Tensor, max_norm: float) -> Tensor:
 
 
 @contextmanager
-def restored_on_error(method: GradientMethod) -> Iterator[None]:
+def restored_on_error(method: Method) -> Iterator[None]:
     """Put the method's state back if anything within raises, out of memory included."""
     before = [(name, buffer, buffer.clone()) for name, buffer in method._buffers.items() if buffer is not None]
     try:
@@ -203,6 +203,29 @@ def restored_on_error(method: GradientMethod) -> Iterator[None]:
         for name, buffer, value in before:
             method._buffers[name] = buffer.copy_(value)
         raise
+
+
+@contextmanager
+def weighed_losses(method: LossWeighting, losses: Losses | None, scale: Tensor | None = None) -> Iterator[Tensor]:
+    """Weigh the losses by a loss weighting, for the weights ``[T]`` to be used within.
+
+    Afterwards the weighting's own parameters get their gradients. If anything within raises, its state is as before.
+
+    Args:
+        method: Its state advances.
+        losses: None where the caller has none.
+        scale: The loss scale, for the gradients of the weighting's own parameters.
+
+    Raises:
+        ValueError: There are no losses.
+    """
+    if losses is None:
+        raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
+    with restored_on_error(method):
+        total, weights = method.slopes(losses.items)
+        yield weights
+        if total.requires_grad:
+            total.backward(None if scale is None else scale.to(total.dtype))
 
 
 def accumulate(*jobs: tuple[Sequence[Tensor], Rows, Tensor]) -> None:

@@ -44,11 +44,7 @@ class Losses:
             values = stack_scalars(self.present).to(torch.float64)
         if len(values) == len(self):
             return values
-        parts, it = [], iter(values.unbind(0))
-        nan = values.new_full((), float("nan"))
-        for x in self.items:
-            parts.append(nan if x is None else next(it))
-        return torch.stack(parts)
+        return spread(values, [t for t, x in enumerate(self.items) if x is not None], len(self))
 
 
 def stack_scalars(scalars: Sequence[Tensor]) -> Tensor:
@@ -58,6 +54,14 @@ def stack_scalars(scalars: Sequence[Tensor]) -> Tensor:
         return torch.stack(list(scalars))
     wide = torch.float64 if torch.float64 in dtypes else torch.float32
     return torch.stack([x.to(wide) for x in scalars])
+
+
+def spread(values: Tensor, tasks: Sequence[int], num_tasks: int) -> Tensor:
+    """``[T]`` from the values of some tasks, NaN for the others; sends no index tensor to the device."""
+    parts = [values.new_full((), float("nan"))] * num_tasks
+    for t, value in zip(tasks, values.unbind(0), strict=True):
+        parts[t] = value
+    return torch.stack(parts)
 
 
 def parse_losses(losses: LossesLike, differentiable: bool = True) -> Losses:

@@ -23,6 +23,7 @@ from fastmtl.engine import (
     task_mask,
     unscaled,
     warn_if_distributed,
+    weighed_losses,
 )
 from fastmtl.losses import Losses, LossesLike, parse_losses
 from fastmtl.parameters import GroupsLike, ParamsLike, resolve_groups, resolve_params
@@ -175,15 +176,10 @@ class TaskGradients:
         return self._finish(decision.weights, gramian)
 
     def _weigh_losses(self, method: LossWeighting, losses: Losses | None, rows: Rows, heads: Rows) -> Result:
-        if losses is None:
-            raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
-        total, weights = method.slopes(losses.items)
-        weights = weights.to(rows.device)
-        accumulate((self.shared, rows, weights.expand(rows.num_groups, -1)), (self.heads, heads, weights))
-        if total.requires_grad:
-            scale = scale_of(self.scaler, total.device)
-            total.backward(None if scale is None else scale.to(total.dtype))
-        return self._finish(weights.expand(rows.num_groups, -1), None)
+        with weighed_losses(method, losses, scale_of(self.scaler, rows.device)) as weights:
+            weights = weights.to(rows.device).expand(rows.num_groups, -1)
+            accumulate((self.shared, rows, weights), (self.heads, heads, weights[:1]))
+        return self._finish(weights, None)
 
     def _finish(self, weights: Tensor, gramian: Tensor | None) -> Result:
         self.zero()

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fastmtl.state import Stateful, commit
 
 RESCALES = ("none", "sum_to_num_tasks", "sum_to_one")
 
@@ -38,7 +38,7 @@ class Step:
 
     def commit(self, state: Tensor, new: Tensor) -> None:
         """Store ``new`` in the buffer ``state`` if this step is finite: an AMP overflow must not poison it."""
-        state.copy_(torch.where(self.finite, new, state))
+        commit(state, new, self.finite)
 
 
 def make_step(gramian: Tensor, mask: Tensor | None, losses: Tensor | None) -> Step:
@@ -53,7 +53,7 @@ def make_step(gramian: Tensor, mask: Tensor | None, losses: Tensor | None) -> St
     return Step(gramian, mask, losses, finite)
 
 
-class GradientMethod(nn.Module):
+class GradientMethod(Stateful):
     """Base class of the gradient methods: subclasses implement `solve`.
 
     A method is an `nn.Module` so that its state (moving averages, learned weights, the random seed) moves with the
@@ -140,52 +140,6 @@ class GradientMethod(nn.Module):
                 raise ValueError(f"losses: expected shape [{m.shape[-1]}], found {list(values.shape)}")
         weights = self.weigh(make_step(m.contiguous(), present, values))
         return weights if gramian.dim() == 3 else weights[0]
-
-    def extra_repr(self) -> str:
-        """The options, for ``repr``."""
-        options = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
-        return ", ".join(f"{k}={v!r}" for k, v in options.items())
-
-    # ---- state ---------------------------------------------------------------------------------------------------
-
-    def register_state(self, name: str) -> None:
-        """Declare a float64 state tensor whose shape is known at the first step only; see `state`."""
-        self.register_buffer(name, torch.empty(0, dtype=torch.float64))
-
-    def state(self, name: str, like: Tensor, shape: tuple[int, ...], init: float) -> Tensor:
-        """The state tensor ``name`` on the device of ``like``; filled with ``init`` when first asked for.
-
-        Raises:
-            ValueError: The state is of another number of tasks or groups.
-        """
-        buffer: Tensor = getattr(self, name)
-        if buffer.numel() == 0:
-            buffer = torch.full(shape, init, dtype=torch.float64, device=like.device)
-        elif buffer.shape != shape:
-            raise ValueError(
-                f"{type(self).__name__}.{name}: the state is of shape {list(buffer.shape)}, this step needs "
-                f"{list(shape)}; use one method object per set of tasks and groups"
-            )
-        elif buffer.device != like.device:
-            buffer = buffer.to(like.device)
-        setattr(self, name, buffer)
-        return buffer
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> GradientMethod:
-        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
-        for name, before in exact.items():
-            after = self._buffers[name]
-            if after is not None and after.dtype != before.dtype:  # model.half() must not round our state
-                self._buffers[name] = before.to(after.device)
-        return self
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        for name, buffer in self._buffers.items():
-            saved = state_dict.get(prefix + name)
-            if buffer is not None and saved is not None and saved.shape != buffer.shape:
-                self._buffers[name] = torch.empty(saved.shape, dtype=buffer.dtype, device=buffer.device)
-        super()._load_from_state_dict(state_dict, prefix, *args)
 
 
 class RandomOrderMethod(GradientMethod):

@@ -1,6 +1,6 @@
 """Loss weightings, one file each."""
 
-from fastmtl.weighting.base import LossWeighting
+from fastmtl.weighting.base import LossWeighting, WeightedSum
 from fastmtl.weighting.uncertainty_weighting import UncertaintyWeighting
 
-__all__ = ["LossWeighting", "UncertaintyWeighting"]
+__all__ = ["LossWeighting", "UncertaintyWeighting", "WeightedSum"]

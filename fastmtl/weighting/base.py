@@ -6,14 +6,15 @@ import warnings
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from fastmtl.losses import LossesLike, parse_losses, stack_scalars
+from fastmtl.losses import LossesLike, parse_losses, spread, stack_scalars
+from fastmtl.state import Stateful
 
 UNCHANGED_CALLS = 100
 
 
-class LossWeighting(nn.Module):
+class LossWeighting(Stateful):
     """Base class of the loss weightings: subclasses implement `scalar`.
 
     Called with the losses, a weighting returns the scalar to call ``backward()`` on: no per-task gradients, no cost.
@@ -59,10 +60,6 @@ class LossWeighting(nn.Module):
         tasks = [t for t, x in enumerate(parsed.items) if x is not None]
         return self.scalar(values, tasks)
 
-    def extra_repr(self) -> str:
-        """The number of tasks, for ``repr``."""
-        return f"num_tasks={self.num_tasks}"
-
     def _watch(self) -> None:
         """Warn once if this weighting's parameters get gradients that no optimizer uses."""
         if torch.compiler.is_compiling() or not (self.training and torch.is_grad_enabled()):
@@ -96,3 +93,48 @@ class LossWeighting(nn.Module):
         zero = total.detach().new_zeros(())
         weights = [None if x is None else next(found) for x in leaves]
         return total, torch.stack([zero if w is None else w for w in weights]).double()
+
+
+class WeightedSum(LossWeighting):
+    """Base class of the weightings whose weights are constants of the step: subclasses implement `weigh`.
+
+    State is float64 and moves in training mode only, with gradients enabled, and only where the losses of the tasks
+    that are present are finite.
+
+    Args:
+        num_tasks: T.
+    """
+
+    num_tasks: int
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__()
+        if num_tasks < 1:
+            raise ValueError(f"num_tasks: expected at least 1, found {num_tasks}")
+        self.num_tasks = num_tasks
+
+    def weigh(self, losses: Tensor, moves: Tensor) -> Tensor:
+        """The weights of this step; advances the state. No host synchronisation.
+
+        Args:
+            losses: ``[T]`` float64, detached, NaN for absent tasks.
+            moves: bool scalar: whether state may move; to be passed to `fastmtl.state.commit`.
+
+        Returns:
+            ``[T]`` float64; those of absent tasks are not read.
+        """
+        raise NotImplementedError
+
+    def scalar(self, losses: Tensor, tasks: Sequence[int] | None) -> Tensor:
+        """See `LossWeighting.scalar`."""
+        moving = self.training and torch.is_grad_enabled()
+        with torch.no_grad():
+            values = losses.detach().double()
+            moves = values.isfinite().all() & moving
+            for name, buffer in self._buffers.items():
+                if buffer is not None and buffer.device != values.device:
+                    self._buffers[name] = buffer.to(values.device)
+            weights = self.weigh(values if tasks is None else spread(values, tasks, self.num_tasks), moves)
+            if tasks is not None:  # one by one: an index tensor would have to be sent to the device
+                weights = torch.stack([weights[t] for t in tasks])
+        return (weights.to(losses.dtype) * losses).sum()

@@ -1,0 +1,80 @@
+"""State of methods: buffers that survive casts, checkpoints and steps that are not finite."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def commit(state: Tensor, new: Tensor, where: Tensor) -> None:
+    """Store ``new`` in ``state`` if the bool scalar ``where`` holds, without a synchronisation."""
+    state.copy_(torch.where(where, new, state))
+
+
+class Stateful(nn.Module):
+    """A module whose buffers keep their own dtype whatever the model is cast to (``model.half()``)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._shaped_later: set[str] = set()
+
+    def register_state(self, name: str, shape: Sequence[int] | None = None, init: float = 0.0) -> None:
+        """Declare a float64 state tensor.
+
+        Args:
+            name: The attribute.
+            shape: None: known at the first step only; see `state`.
+            init: What it is filled with.
+        """
+        if shape is None:
+            self._shaped_later.add(name)
+        self.register_buffer(name, torch.full((0,) if shape is None else tuple(shape), init, dtype=torch.float64))
+
+    def state(self, name: str, like: Tensor, shape: tuple[int, ...], init: float) -> Tensor:
+        """A state tensor whose shape was not known at first, on the device of ``like``.
+
+        Args:
+            name: As registered.
+            like: A tensor of this step.
+            shape: What this step needs.
+            init: What the state is filled with when first asked for.
+
+        Raises:
+            ValueError: The state is of another number of tasks or groups.
+        """
+        buffer: Tensor = getattr(self, name)
+        if buffer.numel() == 0:
+            buffer = torch.full(shape, init, dtype=torch.float64, device=like.device)
+        elif buffer.shape != shape:
+            raise ValueError(
+                f"{type(self).__name__}.{name}: the state is of shape {list(buffer.shape)}, this step needs "
+                f"{list(shape)}; use one method object per set of tasks and groups"
+            )
+        elif buffer.device != like.device:
+            buffer = buffer.to(like.device)
+        setattr(self, name, buffer)
+        return buffer
+
+    def extra_repr(self) -> str:
+        """The options, for ``repr``."""
+        options = {k: v for k, v in vars(self).items() if not k.startswith("_") and k != "training"}
+        return ", ".join(f"{k}={v!r}" for k, v in options.items())
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stateful:
+        exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        super()._apply(fn, recurse)
+        for name, before in exact.items():
+            after = self._buffers[name]
+            if after is not None and after.dtype != before.dtype:
+                self._buffers[name] = before.to(after.device)
+        return self
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        for name in self._shaped_later:
+            buffer, saved = self._buffers[name], state_dict.get(prefix + name)
+            if buffer is not None and saved is not None and saved.shape != buffer.shape:
+                self._buffers[name] = torch.empty(saved.shape, dtype=buffer.dtype, device=buffer.device)
+        super()._load_from_state_dict(state_dict, prefix, *args)
