@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.engine import Method, check_method, decide, restored_on_error, task_mask, weighed_losses
-from fastmtl.losses import LossesLike, parse_losses
+from fastmtl.losses import LossesLike, numbered, parse_losses
 from fastmtl.result import Result
 from fastmtl.rows import Gradients, as_rows
 from fastmtl.weighting.base import LossWeighting
@@ -54,7 +54,7 @@ def aggregate(
             weights = weights.to(rows.device).expand(rows.num_groups, -1)
             combined = ops.combine(rows, weights)
     else:
-        names = parsed.names if parsed is not None else [f"task {t}" for t in range(rows.num_tasks)]
+        names = parsed.names if parsed is not None else numbered(rows.num_tasks)
         with torch.no_grad(), restored_on_error(method):
             gramian = ops.gram(rows)
             weights = decide(method, gramian, task_mask(rows, parsed), parsed, names).weights

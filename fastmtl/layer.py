@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmtl import ops
 from fastmtl.engine import Method, check_method, decide, scale_of, unscaled
-from fastmtl.losses import Losses, LossesLike, parse_losses, stack_scalars
+from fastmtl.losses import Losses, LossesLike, numbered, parse_losses, spread, stack_scalars
 from fastmtl.result import Result
 from fastmtl.rows import Rows
 from fastmtl.weighting.base import LossWeighting
@@ -37,35 +37,46 @@ def _(gramian: Tensor, number: int) -> Tensor:
 
 
 class _Surgery(torch.autograd.Function):
-    """Forward: T copies of the features as one expanded tensor. Backward: their gradients, combined."""
+    """Forward: one copy of the features per task. Backward: their gradients, combined.
 
-    # T outputs, or views made in here, would be wrong in compiled graphs: surgery is skipped or rows are mixed up.
+    In eager mode the copies are T outputs, whose gradients are read where they lie. In a graph that torch.compile
+    traces they are one expanded output, to be unbound outside: T outputs would be wrong there (surgery is skipped, or
+    rows are mixed up).
+    """
+
     @staticmethod
-    def forward(ctx: Any, number: int, num_tasks: int, features: Tensor) -> Tensor:
+    def forward(ctx: Any, number: int, num_tasks: int, features: Tensor) -> Tensor | tuple[Tensor, ...]:
         ctx.number = number
-        ctx.layer = None if torch.compiler.is_compiling() else _layers[number]  # alive until backward
-        ctx.used = False
         ctx.set_materialize_grads(False)
-        return features.unsqueeze(0).expand(num_tasks, *features.shape)
+        copies = features.unsqueeze(0).expand(num_tasks, *features.shape)
+        if torch.compiler.is_compiling():
+            ctx.layer = None
+            return copies
+        ctx.layer = _layers[number]  # alive until backward
+        ctx.used = False
+        return copies.unbind(0)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> tuple[None, None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, Tensor | None]:
         if torch.is_grad_enabled():
             raise RuntimeError("FeatureSurgery cannot be differentiated twice (create_graph=True)")
-        if grad is None:
+        first = next((grad for grad in grads if grad is not None), None)
+        if first is None:
             return None, None, None
-        if not torch.compiler.is_compiling():
+        if ctx.layer is None:
+            rows = Rows([first], first.shape[0], stacked=True)
+        else:
+            rows = Rows([*grads], len(grads))
+        gramian = ops.gram(rows)
+        if torch.compiler.is_compiling():
+            weights = torch.ops.fastmtl.layer_weights(gramian, ctx.number)
+        else:
             if ctx.used:
                 raise RuntimeError(
                     "FeatureSurgery: a second backward pass through one forward pass; all losses must reach the layer "
                     "in one: surgery.total(losses).backward()"
                 )
             ctx.used = True
-        rows = Rows([grad], grad.shape[0], stacked=True)
-        gramian = ops.gram(rows)
-        if torch.compiler.is_compiling():
-            weights = torch.ops.fastmtl.layer_weights(gramian, ctx.number)
-        else:
             weights = ctx.layer._weigh(gramian)
         return None, None, ops.combine(rows, weights)[0]
 
@@ -139,6 +150,7 @@ class FeatureSurgery(nn.Module):
         # What `total` saw, for the backward pass. Buffers, because compiled graphs update those faithfully.
         self.register_buffer("losses", torch.zeros(num_tasks, dtype=torch.float64), persistent=False)
         self.register_buffer("present", torch.ones(num_tasks, dtype=torch.bool), persistent=False)
+        self._names = numbered(num_tasks)
         self._has_losses = False
         self._all_present = True
         self._register()
@@ -161,7 +173,8 @@ class FeatureSurgery(nn.Module):
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self._has_losses = False
             self._all_present = True
-        return _Surgery.apply(self._number, self.num_tasks, features).unbind(0)
+        copies = _Surgery.apply(self._number, self.num_tasks, features)
+        return copies.unbind(0) if isinstance(copies, Tensor) else copies
 
     def total(self, losses: LossesLike) -> Tensor:
         """The scalar to call ``backward()`` on, and the layer's way to learn loss values and absent tasks.
@@ -180,29 +193,31 @@ class FeatureSurgery(nn.Module):
         parsed = parse_losses(losses, differentiable=False)
         if len(parsed) != self.num_tasks:
             raise ValueError(f"losses: expected {self.num_tasks} tasks, found {len(parsed)}")
+        values = stack_scalars(parsed.present)
         if self.training and torch.is_grad_enabled():
-            device = parsed.device
-            if self.losses.device != device:  # a layer without parameters is easily forgotten in model.to(device)
-                self.losses, self.present = self.losses.to(device), self.present.to(device)
+            if self.losses.device != values.device:  # without parameters, it is easily forgotten in model.to(device)
+                self.losses, self.present = self.losses.to(values.device), self.present.to(values.device)
+            tasks = [t for t, x in enumerate(parsed.items) if x is not None]
+            all_present = len(tasks) == self.num_tasks
             with torch.no_grad():
-                self.losses.copy_(parsed.values())
-                self.present.fill_(True)
-                for t, x in enumerate(parsed.items):
-                    if x is None:
-                        self.present[t] = False
-            self._has_losses = True
-            self._all_present = all(x is not None for x in parsed.items)
-        return stack_scalars(parsed.present).sum()
+                self.losses.copy_(values if all_present else spread(values, tasks, self.num_tasks))
+                self.present.fill_(all_present)
+                for t in [] if all_present else tasks:
+                    self.present[t] = True
+            self._has_losses, self._all_present = True, all_present
+        return values.sum()
 
     def _weigh(self, gramian: Tensor) -> Tensor:
         assert not isinstance(self.method, LossWeighting)
-        names = tuple(f"task {t}" for t in range(self.num_tasks))
-        losses = Losses(names, self.losses.unbind(0)) if self._has_losses else None
-        if losses is None and self.method.needs_losses:
-            raise ValueError(f"{type(self.method).__name__} needs the losses: call surgery.total(losses).backward()")
+        losses = None
+        if self.method.needs_losses or self.nonfinite != "propagate":
+            if self._has_losses:
+                losses = Losses(self._names, self.losses.unbind(0))
+            elif self.method.needs_losses:
+                raise ValueError(f"{type(self.method).__name__} needs the losses: call surgery.total(losses).backward()")
         raw = unscaled(gramian, scale_of(self.scaler, gramian.device))
         mask = None if self._all_present else self.present.unsqueeze(0)
-        weights = decide(self.method, raw, mask, losses, names, self.nonfinite).weights
+        weights = decide(self.method, raw, mask, losses, self._names, self.nonfinite).weights
         self.result = Result(None, weights[0], raw[0])
         return weights
 

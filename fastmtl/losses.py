@@ -47,6 +47,11 @@ class Losses:
         return spread(values, [t for t, x in enumerate(self.items) if x is not None], len(self))
 
 
+def numbered(num_tasks: int) -> tuple[str, ...]:
+    """Names of tasks that have none."""
+    return tuple(f"task {t}" for t in range(num_tasks))
+
+
 def stack_scalars(scalars: Sequence[Tensor]) -> Tensor:
     """``[n]`` from n scalars, in their common dtype, float32 or wider."""
     dtypes = {x.dtype for x in scalars}
@@ -83,12 +88,12 @@ def parse_losses(losses: LossesLike, differentiable: bool = True) -> Losses:
                 "pass the losses themselves, not their sum"
             )
         items: list[Tensor | None] = list(losses.unbind(0))
-        names = tuple(f"task {t}" for t in range(len(items)))
+        names = numbered(len(items))
     elif isinstance(losses, Mapping):
         items, names = list(losses.values()), tuple(map(str, losses))
     elif isinstance(losses, Sequence) and not isinstance(losses, str):
         items = list(losses)
-        names = tuple(f"task {t}" for t in range(len(items)))
+        names = numbered(len(items))
     else:
         raise TypeError(f"losses: expected a sequence, a mapping or a 1-D tensor, found {type(losses).__name__}")
     device = None

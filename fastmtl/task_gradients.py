@@ -25,7 +25,7 @@ from fastmtl.engine import (
     warn_if_distributed,
     weighed_losses,
 )
-from fastmtl.losses import Losses, LossesLike, parse_losses
+from fastmtl.losses import Losses, LossesLike, numbered, parse_losses
 from fastmtl.parameters import GroupsLike, ParamsLike, resolve_groups, resolve_params
 from fastmtl.result import Result
 from fastmtl.rows import Rows, ThroughBackward
@@ -85,7 +85,7 @@ class TaskGradients:
         by_name = resolve_params(shared_params, model, "shared_params")
         self._param_names = {id(p): name for name, p in by_name.items()}
         self.num_tasks = num_tasks
-        self.names = tuple(names) if names is not None else tuple(f"task {t}" for t in range(num_tasks))
+        self.names = tuple(names) if names is not None else numbered(num_tasks)
         self.shared = list(by_name.values())
         self.heads = [] if heads is None else list(resolve_params(heads, model, "heads").values())
         self.scaler = scaler
