@@ -60,6 +60,4 @@ def aggregate(
             weights = decide(method, gramian, task_mask(rows, parsed), parsed, names).weights
             combined = ops.combine(rows, weights)
     out = combined[0] if isinstance(grads, Tensor) else combined
-    if groups is not None:
-        return Result(out, weights, gramian)
-    return Result(out, weights[0], None if gramian is None else gramian[0])
+    return Result.of(out, weights, gramian, grouped=groups is not None)

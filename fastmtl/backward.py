@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -134,8 +133,8 @@ def backward(
     if isinstance(method, LossWeighting):
         refuse_options(method, nonfinite=nonfinite, max_norm=max_norm, gramian_params=gramian_params)
         num_groups = resolve_groups(groups, candidates, model)[1]
-        result = _loss_weighting(passes, method, [*candidates.values()], heads)
-        return result if not grouped else replace(result, weights=result.weights.expand(num_groups, -1))
+        weights = _weigh_losses(passes, method, [*candidates.values(), *heads])
+        return Result.of(_grads(candidates.values()), weights.expand(num_groups, -1), None, grouped)
     if gramian_params is not None:
         if grouped:
             raise ValueError("gramian_params: knows one group of parameters only; drop groups=")
@@ -162,7 +161,7 @@ def backward(
                 ([params[i] for i in shared], rows, decision.weights),
                 ([params[i] for i in rest], Rows.by_task(_columns(tasks, rest)), decision.for_heads(method)),
             )
-    return _result([params[i] for i in shared], decision.weights, gramian, grouped)
+    return Result.of(_grads(params[i] for i in shared), decision.weights, gramian, grouped)
 
 
 class _Passes:
@@ -217,14 +216,11 @@ class _Passes:
         return (factors[0] if len(factors) == 1 else factors[0] * factors[1]).to(loss.dtype)
 
 
-def _loss_weighting(
-    passes: _Passes, method: LossWeighting, shared: Sequence[Tensor], heads: Sequence[Tensor]
-) -> Result:
-    """One pass for everything, the heads weighted too, as by ``method(losses).backward()``."""
-    params = [*shared, *heads]
+def _weigh_losses(passes: _Passes, method: LossWeighting, params: Sequence[Tensor]) -> Tensor:
+    """One pass for everything, the heads weighted too, as by ``method(losses).backward()``; returns ``weights [T]``."""
     with weighed_losses(method, passes.losses, passes.scale) as weights:
         _accumulate_one(params, passes.weighted(params, weights))
-    return Result(tuple(p.grad for p in shared), weights, None)
+    return weights
 
 
 def _on_gramian_params(
@@ -255,7 +251,7 @@ def _on_gramian_params(
             grads = passes.weighted(shared, weights, then_more=True, aside=heads)
             grads += passes.weighted(heads, head_weights, aside=shared)
             _accumulate_one([*shared, *heads], grads)
-    return _result(shared, decision.weights, gramian, grouped=False)
+    return Result.of(_grads(shared), decision.weights, gramian, grouped=False)
 
 
 def _refuse_unreached(rows: Rows, argument: str) -> None:
@@ -274,9 +270,8 @@ def _columns(
     return [None if task is None else [task[p] for p in params] for task in tasks]
 
 
-def _result(shared: Sequence[Tensor], weights: Tensor, gramian: Tensor, grouped: bool) -> Result:
-    grads = tuple(p.grad for p in shared)
-    return Result(grads, weights, gramian) if grouped else Result(grads, weights[0], gramian[0])
+def _grads(params: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
+    return tuple(p.grad for p in params)
 
 
 # Per model, from a step with all tasks present: T and the names of the trainable parameters, and the names of those

@@ -63,10 +63,8 @@ class _Surgery(torch.autograd.Function):
         first = next((grad for grad in grads if grad is not None), None)
         if first is None:
             return None, None, None
-        if ctx.layer is None:
-            rows = Rows([first], first.shape[0], stacked=True)
-        else:
-            rows = Rows([*grads], len(grads))
+        stacked = ctx.layer is None
+        rows = Rows([first], first.shape[0], stacked) if stacked else Rows([*grads], len(grads))
         gramian = ops.gram(rows)
         if torch.compiler.is_compiling():
             weights = torch.ops.fastmtl.layer_weights(gramian, ctx.number)
@@ -214,7 +212,8 @@ class FeatureSurgery(nn.Module):
             if self._has_losses:
                 losses = Losses(self._names, self.losses.unbind(0))
             elif self.method.needs_losses:
-                raise ValueError(f"{type(self.method).__name__} needs the losses: call surgery.total(losses).backward()")
+                name = type(self.method).__name__
+                raise ValueError(f"{name} needs the losses: call surgery.total(losses).backward()")
         raw = unscaled(gramian, scale_of(self.scaler, gramian.device))
         mask = None if self._all_present else self.present.unsqueeze(0)
         weights = decide(self.method, raw, mask, losses, self._names, self.nonfinite).weights

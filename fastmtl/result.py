@@ -26,6 +26,13 @@ class Result:
     weights: Tensor
     gramian: Tensor | None
 
+    @staticmethod
+    def of(grads: Any, weights: Tensor, gramian: Tensor | None, grouped: bool) -> Result:
+        """A result from ``weights [K, T]`` and ``gramian [K, T, T]``; K is left out unless ``grouped``."""
+        if grouped:
+            return Result(grads, weights, gramian)
+        return Result(grads, weights[0], None if gramian is None else gramian[0])
+
     def __repr__(self) -> str:
         """Weights and shapes; never the gradients."""
         grads = [self.grads] if isinstance(self.grads, Tensor) else list(self.grads or ())

@@ -183,10 +183,7 @@ class TaskGradients:
 
     def _finish(self, weights: Tensor, gramian: Tensor | None) -> Result:
         self.zero()
-        grads = tuple(p.grad for p in self.shared)
-        if self._grouped:
-            return Result(grads, weights, gramian)
-        return Result(grads, weights[0], None if gramian is None else gramian[0])
+        return Result.of(tuple(p.grad for p in self.shared), weights, gramian, self._grouped)
 
     def _parse(self, losses: LossesLike | None) -> Losses | None:
         """The losses of the tasks that have rows, or None if there are none."""
