@@ -26,9 +26,11 @@ class Stateful(nn.Module):
 
         Args:
             name: The attribute.
-            shape: None: known at the first step only; see `state`.
+            shape: None: known at the first step only; see `state`. Never ``()``: torch.compile loses what is written
+                to a scalar of float64 on the CPU (seen in torch 2.13).
             init: What it is filled with.
         """
+        assert shape is None or len(shape) > 0
         if shape is None:
             self._shaped_later.add(name)
         self.register_buffer(name, torch.full((0,) if shape is None else tuple(shape), init, dtype=torch.float64))
@@ -78,3 +80,55 @@ class Stateful(nn.Module):
             if buffer is not None and saved is not None and saved.shape != buffer.shape:
                 self._buffers[name] = torch.empty(saved.shape, dtype=buffer.dtype, device=buffer.device)
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+
+class Epochs(Stateful):
+    """Counts steps and ends epochs: by one call, or by itself every ``steps_per_epoch`` steps.
+
+    Subclasses call `register_epochs` in their constructor and `count_step` at the end of each step, and implement
+    `close_epoch`. Both ways of ending an epoch give the same state.
+
+    Attributes:
+        steps: Steps so far that moved the state, an int64 scalar on the device.
+        steps_per_epoch: None: epochs end by `end_epoch`.
+    """
+
+    steps: Tensor
+    steps_per_epoch: int | None
+
+    def register_epochs(self, steps_per_epoch: int | None) -> None:
+        """Declare ``steps``.
+
+        Raises:
+            ValueError: ``steps_per_epoch`` < 1.
+        """
+        if steps_per_epoch is not None and steps_per_epoch < 1:
+            raise ValueError(f"steps_per_epoch: expected at least 1, found {steps_per_epoch}")
+        self.steps_per_epoch = steps_per_epoch
+        self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
+
+    def close_epoch(self, where: Tensor) -> None:
+        """What the end of an epoch does to the state, to be committed if the bool scalar ``where`` holds."""
+        raise NotImplementedError
+
+    def end_epoch(self) -> None:
+        """End the epoch. One call after each, in training or evaluation mode; it synchronises nothing.
+
+        Raises:
+            RuntimeError: Epochs end by themselves, since ``steps_per_epoch`` was given.
+        """
+        if self.steps_per_epoch is not None:
+            raise RuntimeError(
+                f"{type(self).__name__}.end_epoch: epochs end by themselves every {self.steps_per_epoch} steps "
+                "(steps_per_epoch)"
+            )
+        with torch.no_grad():
+            self.close_epoch(torch.ones((), dtype=torch.bool, device=self.steps.device))
+
+    def count_step(self, moves: Tensor) -> None:
+        """Count this step if the bool scalar ``moves`` holds, and end the epoch after its last one."""
+        if self.steps.device != moves.device:
+            self.steps = self.steps.to(moves.device)
+        self.steps.add_(moves)
+        if self.steps_per_epoch is not None:
+            self.close_epoch(moves & (self.steps % self.steps_per_epoch == 0))

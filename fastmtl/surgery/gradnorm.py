@@ -5,10 +5,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmtl.state import Epochs, commit
 from fastmtl.surgery.base import GradientMethod, Step
 
+RENORMALIZE = ("step", "epoch")
 
-class GradNorm(GradientMethod):
+
+class GradNorm(Epochs, GradientMethod):
     """Learns one weight per task so that slower tasks get larger gradients.
 
     With ``G_t = w_t |g_t|``, the relative inverse training rate ``r_t = (L_t / L_t^0) / mean`` and the constant target
@@ -28,9 +31,14 @@ class GradNorm(GradientMethod):
         scale_heads: Also multiply the heads' gradients, as the paper does (the network's loss is ``sum w_t L_t``).
             Must be False in `FeatureSurgery`.
         rescale: See `GradientMethod`; the weights already sum to T.
+        renormalize: When the weights are made to sum to T: ``"step"``: after each step (paper). ``"epoch"``: at the end
+            of each epoch only (the article's listing), which is one call, `end_epoch`, or comes by itself.
+        steps_per_epoch: Steps after which an epoch ends by itself; None: `end_epoch` is called.
 
     Raises:
-        ValueError: An option out of range; more than one group of parameters.
+        ValueError: An option out of range, or ``steps_per_epoch`` without ``renormalize="epoch"``; more than one group
+            of parameters.
+        RuntimeError: `end_epoch` although epochs end by themselves.
 
     Note:
         Cost: O(T) on the device, no synchronisation. State: weights, initial losses and Adam's moments, ``[T]`` each.
@@ -63,6 +71,8 @@ class GradNorm(GradientMethod):
         min_weight: float = 1e-3,
         scale_heads: bool = True,
         rescale: str = "none",
+        renormalize: str = "step",
+        steps_per_epoch: int | None = None,
     ) -> None:
         super().__init__(rescale)
         if lr <= 0:
@@ -71,8 +81,13 @@ class GradNorm(GradientMethod):
             raise ValueError(f"optimizer: expected 'sgd' or 'adam', found {optimizer!r}")
         if not 0 < min_weight < 1:
             raise ValueError(f"min_weight: expected a bound in (0, 1), found {min_weight}")
+        if renormalize not in RENORMALIZE:
+            raise ValueError(f"renormalize: expected one of {RENORMALIZE}, found {renormalize!r}")
+        if steps_per_epoch is not None and renormalize != "epoch":
+            raise ValueError(f"steps_per_epoch: {steps_per_epoch} has no effect without renormalize='epoch'")
         self.alpha, self.lr, self.optimizer, self.min_weight = alpha, lr, optimizer, min_weight
-        self.scale_heads = scale_heads
+        self.scale_heads, self.renormalize = scale_heads, renormalize
+        self.register_epochs(steps_per_epoch)
         self.register_state("weights")
         self.register_state("initial_losses")
         self.register_state("moments")  # Adam: first, second, and the number of steps, per task
@@ -101,14 +116,21 @@ class GradNorm(GradientMethod):
         slope = torch.where(present, slope, 0.0)
         moved, new_moments = self._descend(weights, slope, moments, present)
         moved = torch.where(present, moved.clamp(min=self.min_weight), 0.0)
-        goal = num_tasks - torch.where(present, 0.0, weights).sum()
-        moved = torch.where(present, moved * (goal / moved.sum()), weights)
+        if self.renormalize == "step":
+            moved = moved * ((num_tasks - torch.where(present, 0.0, weights).sum()) / moved.sum())
+        moved = torch.where(present, moved, weights)
 
         result = torch.where(step.finite, used, torch.full_like(used, float("nan")))
         step.commit(initial, first)
         step.commit(weights, moved)
         step.commit(moments, new_moments)
+        self.count_step(step.finite)
         return result.unsqueeze(0)
+
+    def close_epoch(self, where: Tensor) -> None:
+        """See `Epochs.close_epoch`."""
+        if self.renormalize == "epoch" and self.weights.numel() > 0:
+            commit(self.weights, self.weights * (len(self.weights) / self.weights.sum()), where)
 
     def _descend(self, weights: Tensor, slope: Tensor, moments: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         if self.optimizer == "sgd":

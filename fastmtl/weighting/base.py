@@ -99,7 +99,7 @@ class WeightedSum(LossWeighting):
     """Base class of the weightings whose weights are constants of the step: subclasses implement `weigh`.
 
     State is float64 and moves in training mode only, with gradients enabled, and only where the losses of the tasks
-    that are present are finite.
+    that are present are finite. Where one is not, the weights are NaN, so that a GradScaler sees it.
 
     Args:
         num_tasks: T.
@@ -130,11 +130,12 @@ class WeightedSum(LossWeighting):
         moving = self.training and torch.is_grad_enabled()
         with torch.no_grad():
             values = losses.detach().double()
-            moves = values.isfinite().all() & moving
+            finite = values.isfinite().all()
             for name, buffer in self._buffers.items():
                 if buffer is not None and buffer.device != values.device:
                     self._buffers[name] = buffer.to(values.device)
-            weights = self.weigh(values if tasks is None else spread(values, tasks, self.num_tasks), moves)
+            weights = self.weigh(values if tasks is None else spread(values, tasks, self.num_tasks), finite & moving)
+            weights = torch.where(finite, weights, float("nan"))
             if tasks is not None:  # one by one: an index tensor would have to be sent to the device
                 weights = torch.stack([weights[t] for t in tasks])
         return (weights.to(losses.dtype) * losses).sum()

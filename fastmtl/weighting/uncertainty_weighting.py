@@ -7,36 +7,50 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
 from fastmtl.weighting.base import LossWeighting
 
 KINDS = ("regression", "classification")
+VARIANTS = ("kendall", "gal", "liebel", "article")
 
 
 class UncertaintyWeighting(LossWeighting):
     """Weighs each loss by a learned variance ``sigma_t^2``; answers differences of magnitude.
 
-    With ``s_t = log sigma_t^2``, the scalar is the sum over the tasks of ``exp(-s_t) L_t / 2 + s_t / 2`` (regression)
-    or ``exp(-s_t) L_t + s_t / 2`` (classification).
+    The scalar is the sum over the tasks of one of these, ``s_t`` being what is learned:
+
+    - ``variant="kendall"``, ``s = log sigma^2``: the paper's ``exp(-s) L / 2 + s / 2`` (``kind="regression"``) or
+      ``exp(-s) L + s / 2`` (``kind="classification"``). Public code often takes one of them for all tasks; that of MTAN
+      and LibMTL is ``kind="regression", init=-0.5``.
+    - ``"gal"``, ``s = log sigma^2``: ``exp(-s) L + s``, twice the paper's regression, as in the notebook that the
+      paper's second author published (multi-task-learning-example).
+    - ``"liebel"``, ``s = sigma``: ``L / (2 s^2) + log(1 + s^2)``. The second term is never negative: the scalar stays
+      positive. Liebel and Koerner; so parametrised, from 1, in public code.
+    - ``"article"``, ``s = log sigma``: ``exp(-2 s) L / 2 + log(1 + exp(s))``, which is ``L / (2 sigma^2) + log(1 +
+      sigma)``.
 
     ``s`` is a parameter of this module and must be given to the optimizer, without weight decay:
     ``torch.optim.Adam([{"params": [*model.parameters()]}, weighting.parameter_group()])``.
 
     Args:
         num_tasks: T.
-        kind: ``"regression"``, ``"classification"``, or one of them per task.
-        init: First value of every ``s_t``.
+        kind: ``"regression"``, ``"classification"`` (default), or one of them per task; for ``"kendall"`` only.
+        init: First value of every ``s_t``; None: 0, for ``"liebel"`` 1: then every ``sigma_t`` is 1.
+        variant: See above.
 
     Raises:
-        ValueError: ``num_tasks`` < 1 or an unknown kind.
+        ValueError: ``num_tasks`` < 1, an unknown kind or variant, a kind with a variant that knows none, or ``init=0``
+            for ``"liebel"``.
 
     Note:
-        Cost: O(T), one ordinary backward pass. As a method (`fastmtl.backward`, ...) the weights are
-        ``exp(-s_t) / 2`` or ``exp(-s_t)``. Absent tasks leave their ``s_t`` without a gradient.
+        Cost: O(T), one ordinary backward pass. As a method (`fastmtl.backward`, ...) the weights are the factors of
+        ``L``. Absent tasks leave their ``s_t`` without a gradient.
 
     Reference:
         Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and
-        Semantics", CVPR 2018, equations 7 and 10. No deviation.
+        Semantics", CVPR 2018, equations 7 and 10. Liebel, Koerner, "Auxiliary Tasks in Multi-task Learning", 2018
+        (arXiv 1805.06334). No deviation.
 
     Example:
         >>> import torch, fastmtl
@@ -45,22 +59,38 @@ class UncertaintyWeighting(LossWeighting):
         tensor(4., grad_fn=<SumBackward0>)
     """
 
-    def __init__(self, num_tasks: int, kind: str | Sequence[str] = "classification", init: float = 0.0) -> None:
+    factor: Tensor
+
+    def __init__(
+        self,
+        num_tasks: int,
+        kind: str | Sequence[str] | None = None,
+        init: float | None = None,
+        variant: str = "kendall",
+    ) -> None:
         super().__init__()
         if num_tasks < 1:
             raise ValueError(f"num_tasks: expected at least 1, found {num_tasks}")
+        if variant not in VARIANTS:
+            raise ValueError(f"variant: expected one of {VARIANTS}, found {variant!r}")
+        if kind is not None and variant != "kendall":
+            raise ValueError(f"kind: variant={variant!r} knows none, found {kind!r}")
+        kind = "classification" if kind is None else kind
         kinds = [kind] * num_tasks if isinstance(kind, str) else list(kind)
         if len(kinds) != num_tasks:
             raise ValueError(f"kind: expected one per task ({num_tasks}), found {len(kinds)}")
         for t, k in enumerate(kinds):
             if k not in KINDS:
                 raise ValueError(f"kind of task {t}: expected one of {KINDS}, found {k!r}")
+        if init is None:
+            init = 1.0 if variant == "liebel" else 0.0
+        if init == 0 and variant == "liebel":
+            raise ValueError(f"init: variant='liebel' divides by it, found {init}")
         self.num_tasks = num_tasks
+        self.variant = variant
         self.s = nn.Parameter(torch.full((num_tasks,), float(init)))
         factor = torch.tensor([0.5 if k == "regression" else 1.0 for k in kinds])
         self.register_buffer("factor", factor, persistent=False)
-
-    factor: Tensor
 
     def scalar(self, losses: Tensor, tasks: Sequence[int] | None) -> Tensor:
         """See `LossWeighting.scalar`."""
@@ -68,7 +98,13 @@ class UncertaintyWeighting(LossWeighting):
         factor = self.factor
         if tasks is not None:  # one by one: an index tensor would have to be sent to the device
             s, factor = torch.stack([s[t] for t in tasks]), torch.stack([factor[t] for t in tasks])
-        return (factor * torch.exp(-s) * losses + 0.5 * s).sum()
+        if self.variant == "kendall":
+            return (factor * torch.exp(-s) * losses + 0.5 * s).sum()
+        if self.variant == "gal":
+            return (torch.exp(-s) * losses + s).sum()
+        if self.variant == "liebel":
+            return (losses / (2 * s**2) + torch.log1p(s**2)).sum()
+        return (0.5 * torch.exp(-2 * s) * losses + softplus(s)).sum()
 
     def parameter_group(self, **options: Any) -> dict[str, Any]:
         """The parameter group for the optimizer: ``s`` without weight decay, and any other ``options``."""

@@ -9,17 +9,23 @@ import torch
 from torch import Tensor
 
 from fastmtl import GradNorm
-from tests.asserts import assert_same_state
+from tests.asserts import assert_same_state, assert_untouched
 
 
 class Literal:
-    """The paper's Algorithm 1 with torch's own optimizers; the target is a constant, so no gradient leaks into it."""
+    """The paper's Algorithm 1 with torch's own optimizers; the target is a constant, so no gradient leaks into it.
 
-    def __init__(self, num_tasks: int, alpha: float, lr: float, optimizer: str, min_weight: float) -> None:
+    The weights are made to sum to T every ``steps_per_epoch`` steps.
+    """
+
+    def __init__(
+        self, num_tasks: int, alpha: float, lr: float, optimizer: str, min_weight: float, steps_per_epoch: int
+    ) -> None:
         self.weights = torch.ones(num_tasks, dtype=torch.float64, requires_grad=True)
         kind = torch.optim.SGD if optimizer == "sgd" else torch.optim.Adam
         self.optimizer = kind([self.weights], lr=lr)
         self.alpha, self.min_weight = alpha, min_weight
+        self.count, self.steps_per_epoch = 0, steps_per_epoch
         self.initial: Tensor | None = None
 
     def step(self, jacobian: Tensor, losses: Tensor) -> Tensor:
@@ -33,7 +39,9 @@ class Literal:
         self.optimizer.step()
         with torch.no_grad():
             self.weights.clamp_(min=self.min_weight)
-            self.weights.mul_(len(losses) / self.weights.sum())
+            self.count += 1
+            if self.count % self.steps_per_epoch == 0:
+                self.weights.mul_(len(losses) / self.weights.sum())
         return used
 
 
@@ -45,18 +53,56 @@ def steps(num_steps: int, num_tasks: int = 4) -> list[tuple[Tensor, Tensor]]:
     ]
 
 
-OPTIONS = [{}, {"alpha": 0.5}, {"lr": 0.1}, {"optimizer": "adam"}, {"lr": 5.0, "min_weight": 0.2}]
+EPOCHS = {"renormalize": "epoch", "steps_per_epoch": 3}
+OPTIONS = [
+    {},
+    {"alpha": 0.5},
+    {"lr": 0.1},
+    {"optimizer": "adam"},
+    {"lr": 5.0, "min_weight": 0.2},
+    EPOCHS,
+    {**EPOCHS, "optimizer": "adam"},
+]
 
 
 @pytest.mark.parametrize("options", OPTIONS)
 def test_against_the_equations(options: dict) -> None:
     method = GradNorm(**options)
-    literal = Literal(4, **{"alpha": 1.5, "lr": 0.025, "optimizer": "sgd", "min_weight": 1e-3, **options})
-    for jacobian, losses in steps(8):
+    defaults = {"alpha": 1.5, "lr": 0.025, "optimizer": "sgd", "min_weight": 1e-3, "steps_per_epoch": 1}
+    literal = Literal(4, **{k: options.get(k, default) for k, default in defaults.items()})
+    for i, (jacobian, losses) in enumerate(steps(20)):
         found = method(jacobian @ jacobian.T, losses=losses)
         torch.testing.assert_close(found, literal.step(jacobian, losses), rtol=1e-9, atol=1e-12)
         torch.testing.assert_close(method.weights, literal.weights.detach(), rtol=1e-9, atol=1e-12)
-        torch.testing.assert_close(method.weights.sum(), torch.tensor(4.0, dtype=torch.float64))
+        sums_to_four = math.isclose(method.weights.sum(), 4.0, rel_tol=1e-12)
+        assert sums_to_four == ("renormalize" not in options or i % 3 == 2)
+
+
+def test_both_ways_to_end_an_epoch_are_one() -> None:
+    by_itself, by_call = GradNorm(renormalize="epoch", steps_per_epoch=4), GradNorm(renormalize="epoch")
+    by_call.end_epoch()  # nothing yet to renormalise
+    for i, (jacobian, losses) in enumerate(steps(10)):
+        gramian = jacobian @ jacobian.T
+        assert torch.equal(by_itself(gramian, losses=losses), by_call(gramian, losses=losses))
+        if i % 4 == 3:
+            by_call.end_epoch()
+    assert_same_state(by_itself, by_call)
+
+
+def test_renormalised_after_each_step_the_end_of_an_epoch_is_nothing() -> None:
+    method = GradNorm()
+    for jacobian, losses in steps(3):
+        method(jacobian @ jacobian.T, losses=losses)
+    with assert_untouched(method):
+        method.end_epoch()
+
+
+def test_absent_tasks_are_renormalised_too() -> None:
+    method, mask = GradNorm(renormalize="epoch", steps_per_epoch=2), torch.tensor([True, False, True, True])
+    for jacobian, losses in steps(2):
+        method(jacobian @ jacobian.T, losses=losses, mask=mask)
+    assert method.weights[1] != 1
+    torch.testing.assert_close(method.weights.sum(), torch.tensor(4.0, dtype=torch.float64))
 
 
 def test_every_option_makes_a_difference() -> None:
@@ -130,15 +176,16 @@ def test_zero_gradients() -> None:
 # ---- state -----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_fresh_object_resumes_bitwise(optimizer: str) -> None:
-    data = steps(6)
-    method, fresh = GradNorm(optimizer=optimizer), GradNorm(optimizer=optimizer)
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adam"}, EPOCHS])
+def test_a_fresh_object_resumes_bitwise(options: dict) -> None:
+    """Also in the middle of an epoch."""
+    data = steps(8)
+    method, fresh = GradNorm(**options), GradNorm(**options)
     GradNorm().load_state_dict(method.state_dict(), strict=True)  # also before the first step
-    for jacobian, losses in data[:3]:
+    for jacobian, losses in data[:4]:
         method(jacobian @ jacobian.T, losses=losses)
     fresh.load_state_dict(method.state_dict(), strict=True)
-    for jacobian, losses in data[3:]:
+    for jacobian, losses in data[4:]:
         a, b = (m(jacobian @ jacobian.T, losses=losses) for m in (method, fresh))
         assert torch.equal(a, b)
     assert_same_state(method, fresh)
@@ -151,15 +198,15 @@ def test_casting_the_model_keeps_the_state() -> None:
     before = {name: x.clone() for name, x in method.state_dict().items()}
     torch.nn.ModuleList([method]).half()
     for name, x in method.state_dict().items():
-        assert x.dtype == torch.float64
+        assert x.dtype == before[name].dtype
         assert torch.equal(x, before[name])
 
 
 @pytest.mark.parametrize("where", ["gramian", "losses"])
-@pytest.mark.parametrize("optimizer", ["sgd", "adam"])
-def test_a_step_that_is_not_finite_moves_nothing(where: str, optimizer: str) -> None:
-    method = GradNorm(optimizer=optimizer)
-    for jacobian, losses in steps(3):
+@pytest.mark.parametrize("options", [{}, {"optimizer": "adam"}, EPOCHS])
+def test_a_step_that_is_not_finite_moves_nothing(where: str, options: dict) -> None:
+    method = GradNorm(**options)
+    for jacobian, losses in steps(5):  # the next one would end an epoch
         method(jacobian @ jacobian.T, losses=losses)
     before = {name: x.clone() for name, x in method.state_dict().items()}
     gramian, losses = torch.eye(4, dtype=torch.float64), torch.ones(4)
@@ -171,7 +218,14 @@ def test_a_step_that_is_not_finite_moves_nothing(where: str, optimizer: str) -> 
 
 @pytest.mark.parametrize(
     ("options", "error"),
-    [({"lr": 0.0}, "lr.*0.0"), ({"optimizer": "lbfgs"}, "'lbfgs'"), ({"min_weight": 1.0}, "min_weight.*1.0")],
+    [
+        ({"lr": 0.0}, "lr.*0.0"),
+        ({"optimizer": "lbfgs"}, "'lbfgs'"),
+        ({"min_weight": 1.0}, "min_weight.*1.0"),
+        ({"renormalize": "never"}, "renormalize: .*'never'"),
+        ({"steps_per_epoch": 7}, "steps_per_epoch: 7 has no effect without renormalize='epoch'"),
+        ({"renormalize": "epoch", "steps_per_epoch": 0}, "steps_per_epoch: expected at least 1, found 0"),
+    ],
 )
 def test_errors(options: dict, error: str) -> None:
     with pytest.raises(ValueError, match=error):
@@ -179,6 +233,8 @@ def test_errors(options: dict, error: str) -> None:
 
 
 def test_errors_of_a_call() -> None:
+    with pytest.raises(RuntimeError, match=r"GradNorm.end_epoch: epochs end by themselves every 3 steps"):
+        GradNorm(**EPOCHS).end_epoch()
     method = GradNorm()
     with pytest.raises(ValueError, match="GradNorm needs the values"):
         method(torch.eye(2))

@@ -29,6 +29,57 @@ def test_value_and_every_slope() -> None:
     torch.testing.assert_close(weighting.s.grad, 0.5 - factor * torch.exp(-s) * losses.detach())
 
 
+SIGMA = [0.4, 1.0, 2.5]  # of three tasks
+# Per variant: s from sigma; the scalar's term from the loss and sigma, as written in its source; its slope in s.
+SOURCES = {
+    "gal": (
+        lambda sigma: 2 * math.log(sigma),
+        lambda loss, sigma: loss / sigma**2 + math.log(sigma**2),
+        lambda loss, sigma: 1 - loss / sigma**2,
+    ),
+    "liebel": (
+        lambda sigma: sigma,
+        lambda loss, sigma: 0.5 / sigma**2 * loss + math.log(1 + sigma**2),
+        lambda loss, sigma: 2 * sigma / (1 + sigma**2) - loss / sigma**3,
+    ),
+    "article": (
+        lambda sigma: math.log(sigma),
+        lambda loss, sigma: loss / (2 * sigma**2) + math.log(1 + sigma),
+        lambda loss, sigma: sigma / (1 + sigma) - loss / sigma**2,
+    ),
+}
+
+
+@pytest.mark.parametrize("absent", [None, 1])
+@pytest.mark.parametrize("variant", SOURCES)
+def test_variants(variant: str, absent: int | None) -> None:
+    s, term, slope = SOURCES[variant]
+    weighting = UncertaintyWeighting(3, variant=variant).double()
+    assert weighting.s.tolist() == [s(1.0)] * 3
+    weighting.s.data.copy_(torch.tensor([s(x) for x in SIGMA]))
+    values = [1.5, 0.2, 4.0]
+    losses = [torch.tensor(x, dtype=torch.float64, requires_grad=True) for x in values]
+    total = weighting([None if t == absent else x for t, x in enumerate(losses)])
+    total.backward()
+    present = [t for t in range(3) if t != absent]
+    assert total.item() == pytest.approx(sum(term(values[t], SIGMA[t]) for t in present), rel=1e-6)
+    for t in present:
+        weight = (1 if variant == "gal" else 0.5) / SIGMA[t] ** 2
+        assert losses[t].grad.item() == pytest.approx(weight, rel=1e-6)
+        assert weighting.s.grad[t].item() == pytest.approx(slope(values[t], SIGMA[t]), rel=1e-6)
+    assert absent is None or weighting.s.grad[absent] == 0
+
+
+def test_variants_are_related_as_documented() -> None:
+    losses = torch.tensor([1.5, 0.2, 4.0])
+    regression, gal = UncertaintyWeighting(3, "regression", 0.3), UncertaintyWeighting(3, init=0.3, variant="gal")
+    torch.testing.assert_close(gal(losses), 2 * regression(losses))
+    tiny = 1e-6 * losses  # where the others fall below 0
+    for variant, positive in (("kendall", False), ("gal", False), ("liebel", True), ("article", True)):
+        weighting = UncertaintyWeighting(3, init=1e-2 if positive else -4.0, variant=variant)
+        assert (weighting(tiny) > 0) == positive
+
+
 def test_optimum_is_the_loss_itself() -> None:
     """d/ds = 0 where the variance equals the loss (regression) or twice the loss (classification)."""
     weighting = UncertaintyWeighting(2, KINDS[:2])
@@ -90,6 +141,12 @@ def test_errors() -> None:
         UncertaintyWeighting(2, ["regression", "ranking"])
     with pytest.raises(ValueError, match=r"kind: expected one per task \(3\), found 2"):
         UncertaintyWeighting(3, ["regression", "ranking"])
+    with pytest.raises(ValueError, match=r"variant: .*'softplus'"):
+        UncertaintyWeighting(2, variant="softplus")
+    with pytest.raises(ValueError, match="kind: variant='gal' knows none, found 'regression'"):
+        UncertaintyWeighting(2, "regression", variant="gal")
+    with pytest.raises(ValueError, match="init: variant='liebel' divides by it"):
+        UncertaintyWeighting(2, init=0.0, variant="liebel")
     for losses in ([torch.tensor(1.0)], [torch.tensor(1.0), None, None]):
         with pytest.raises(ValueError, match="losses: expected 2 tasks, found"):
             UncertaintyWeighting(2)(losses)

@@ -1,0 +1,217 @@
+"""What every loss weighting promises: state, absent tasks, compiled code, and each way in."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import fastmtl
+from fastmtl import DWA, HTW, LBTW, FeatureSurgery, LossWeighting, TaskGradients, UncertaintyWeighting
+from tests import nets
+from tests.asserts import assert_same_state, assert_untouched
+from tests.weighting.literal import leaves, random_losses, step
+
+Make = Callable[[], LossWeighting]
+
+# Those with state that moves by itself, made so that some of their epochs end in the middle of a test.
+STATEFUL: dict[str, Make] = {
+    "DWA": lambda: DWA(3, steps_per_epoch=4),
+    "DWA, mean": lambda: DWA(3, steps_per_epoch=4, reduction="mean"),
+    "DWA, window": lambda: DWA(3, window=2),
+    "LBTW": lambda: LBTW(3),
+    "LBTW, epochs": lambda: LBTW(3, reset_each_epoch=True, steps_per_epoch=4, normalize="sum_to_one"),
+    "HTW": lambda: HTW(3, 1, 40),
+    "HTW, epochs": lambda: HTW(3, 1, 60, ramp="to_one", reset_each_epoch=True, steps_per_epoch=4),
+}
+LEARNED: dict[str, Make] = {
+    v: lambda v=v: UncertaintyWeighting(3, variant=v) for v in ("kendall", "gal", "liebel", "article")
+}
+ALL = STATEFUL | LEARNED
+
+
+def trained(make: Make, num_steps: int = 10) -> LossWeighting:
+    weighting = make()
+    for losses in random_losses(num_steps, 3):
+        step(weighting, losses)
+    return weighting
+
+
+@pytest.mark.parametrize("num_steps", [0, 3, 8, 10])  # an epoch has 4
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_fresh_object_resumes_bitwise(name: str, num_steps: int) -> None:
+    weighting, fresh = trained(STATEFUL[name], num_steps), STATEFUL[name]()
+    fresh.load_state_dict(weighting.state_dict(), strict=True)
+    assert_same_state(weighting, fresh)
+    for losses in random_losses(11, 3, absent=0.3):
+        assert step(weighting, losses) == step(fresh, losses)
+    assert_same_state(weighting, fresh)
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_casting_the_model_keeps_the_state(name: str) -> None:
+    weighting = trained(STATEFUL[name])
+    with assert_untouched(weighting):
+        nn.ModuleList([weighting]).half()
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_evaluation_moves_nothing(name: str) -> None:
+    weighting = trained(STATEFUL[name])
+    data = [leaves(x) for x in random_losses(5, 3)]
+    with assert_untouched(weighting):
+        with torch.no_grad():
+            for losses in data:
+                weighting(losses)
+        weighting.eval()
+        for losses in data:
+            weighting(losses).backward()
+        with torch.inference_mode():
+            assert weighting(torch.ones(3)).isfinite()
+
+
+@pytest.mark.parametrize("value", [math.inf, math.nan])
+@pytest.mark.parametrize("name", STATEFUL)
+def test_a_loss_that_is_not_finite_moves_nothing(name: str, value: float) -> None:
+    """The weights are NaN, for a GradScaler to see; training goes on as if the step had not been."""
+    weighting = trained(STATEFUL[name])
+    with assert_untouched(weighting):
+        found = step(weighting, [1.0, value, None])
+    assert math.isnan(found[0])
+    assert math.isnan(found[1])
+    assert all(math.isfinite(x) for x in step(weighting, [1.0, 1.0, 1.0]))
+
+
+@pytest.mark.parametrize("name", STATEFUL)
+def test_weights_are_constants(name: str) -> None:
+    """The scalar is ``sum w L``, and its slopes are w: nothing flows through the weights."""
+    weighting, other = trained(STATEFUL[name]), trained(STATEFUL[name])
+    other.load_state_dict(weighting.state_dict())
+    losses = torch.rand(3, dtype=torch.float64, requires_grad=True)
+    total = weighting(losses)
+    total.backward()
+    torch.testing.assert_close(total.detach(), losses.detach() @ losses.grad)
+    assert other.slopes([*losses])[1].tolist() == losses.grad.tolist()
+    assert [*weighting.parameters()] == []
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_dtypes(name: str) -> None:
+    for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2):
+        losses = torch.tensor([1.0, 2.0, 3.0], dtype=dtype)
+        assert ALL[name]()(losses).dtype == wide
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_compiled_as_part_of_a_loss(name: str) -> None:
+    """The same scalars, gradients and state as eager, over the ends of epochs, without a graph break."""
+    torch.compiler.reset()  # one function for all: its cache has a limit
+    eager = ALL[name]()
+    weighting = ALL[name]()
+    target = torch.rand(3, 5)
+
+    def loss(module: LossWeighting, x: Tensor) -> Tensor:
+        return module([*((x - target) ** 2).mean(1)])
+
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    for i in range(10):
+        x, y = (torch.full((3, 5), i / 10, requires_grad=True) for _ in range(2))
+        a, b = loss(eager, x), compiled(weighting, y)
+        a.backward()
+        b.backward()
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(x.grad, y.grad)
+    for key, value in eager.state_dict().items():
+        torch.testing.assert_close(value, weighting.state_dict()[key], equal_nan=True)
+
+
+# ---- ways in ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("absent", [None, 1])
+@pytest.mark.parametrize("name", ALL)
+def test_every_way_in_is_its_scalar_backward(name: str, absent: int | None) -> None:
+    """Gradients of all parameters and the state, over steps that end an epoch."""
+    model = nets.mlp()
+    ways: dict[str, LossWeighting] = {way: ALL[name]() for way in ("scalar", "backward", "tasks", "layer", "aggregate")}
+    layer = FeatureSurgery(ways["layer"], num_tasks=3)
+    tasks = TaskGradients(model.trunk, num_tasks=3, heads=model.heads)
+    shared, params = [*model.trunk.parameters()], [*model.parameters()]
+    for i in range(9):
+        x = torch.randn(6, 5, dtype=torch.float64) * (1 + i)
+
+        def losses(x: Tensor = x) -> list[Tensor | None]:
+            return [None if t == absent else loss for t, loss in enumerate(model.losses(x))]
+
+        ways["scalar"](losses()).backward()
+        expected = [p.grad for p in params]
+        own = [p.grad for p in ways["scalar"].parameters()]
+
+        model.zero_grad()
+        gradients = nets.task_gradients(losses(), shared)
+        out = fastmtl.aggregate(
+            [[None if g is None else g[p] for g in gradients] for p in range(len(shared))],
+            ways["aggregate"],
+            losses=losses(),
+        )
+        for g, e in zip(out.grads, expected, strict=False):
+            torch.testing.assert_close(g, e, rtol=1e-6, atol=1e-6)
+
+        fastmtl.backward(losses(), ways["backward"], model.trunk)
+        check(ways["backward"], params, expected, own)
+
+        for t in range(3):
+            if t != absent:
+                tasks.backward(t, model.losses(x)[t])
+        tasks.combine(ways["tasks"])
+        check(ways["tasks"], params, expected, own)
+
+        zs = layer(model.trunk(x))
+        layer.total(
+            [None if t == absent else ((model.heads[t](zs[t]) - (-1) ** t * (t + 1)) ** 2).mean() for t in range(3)]
+        ).backward()
+        check(ways["layer"], params, expected, own)
+        for weighting in ways.values():
+            weighting.zero_grad()
+    for weighting in ways.values():
+        for key, value in ways["scalar"].state_dict().items():
+            torch.testing.assert_close(weighting.state_dict()[key], value, equal_nan=True)
+
+
+def check(weighting: LossWeighting, params: list, expected: list, own: list) -> None:
+    for p, e in zip([*params, *weighting.parameters()], [*expected, *own], strict=True):
+        torch.testing.assert_close(p.grad, e, rtol=1e-9, atol=1e-12)
+    for p in params:
+        p.grad = None
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_call_that_raises_leaves_the_state(name: str) -> None:
+    weighting = trained(ALL[name])
+    model = nets.mlp()
+    x = torch.randn(6, 5, dtype=torch.float64)
+    weighting.zero_grad()
+
+    def fail(grad: Tensor) -> None:
+        raise MemoryError("out of memory")
+
+    losses = model.losses(x)
+    losses[2].register_hook(fail)
+    with assert_untouched(weighting, model), pytest.raises(MemoryError):
+        fastmtl.backward(losses, weighting, model.trunk)
+    tasks = TaskGradients(model.trunk, num_tasks=3, heads=model.heads)
+    for t in range(3):
+        tasks.backward(t, model.losses(x)[t])
+    with assert_untouched(weighting, model):
+        with pytest.raises(ValueError, match="losses: expected 3 tasks, found 2"):
+            tasks.combine(weighting, [*torch.ones(2)])
+        with pytest.raises(ValueError, match="needs the values of the losses"):
+            fastmtl.aggregate(torch.randn(3, 5), weighting)
+        with pytest.raises(ValueError, match="losses: expected 2 tasks, found 3"):
+            fastmtl.aggregate(torch.randn(2, 5), weighting, losses=torch.ones(3))
+        for wrong in (torch.ones(4), [torch.tensor(1.0)] * 2):
+            with pytest.raises(ValueError, match="losses: expected 3 tasks, found"):
+                weighting(wrong)
