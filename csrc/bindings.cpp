@@ -60,14 +60,33 @@ Order order_of(const Doubles& gramian, int kind, const std::optional<Longs>& ord
 
 Doubles new_weights(const Doubles& gramian) { return Doubles(Sizes{gramian.shape(0), gramian.shape(1)}); }
 
-py::tuple min_norm(const Doubles& gramian, const std::optional<Bools>& mask) {
+py::tuple min_norm(const Doubles& gramian, const std::optional<Bools>& mask,
+                   const std::optional<Doubles>& lower_bounds) {
+  const Problems problems = problems_of(gramian, mask);
+  Doubles weights = new_weights(gramian);
+  if (lower_bounds) require(sizes_of(*lower_bounds) == sizes_of(weights), "lower_bounds: expected shape [K, T]");
+  Doubles gap(Sizes{gramian.shape(0)});
+  double *w = weights.mutable_data(), *gaps = gap.mutable_data();
+  {
+    py::gil_scoped_release release;
+    if (lower_bounds) {
+      bounded_min_norm_cpu(problems, {lower_bounds->data(), w, gaps});
+    } else {
+      min_norm_cpu(problems, {w, gaps});
+    }
+  }
+  return py::make_tuple(weights, gap);
+}
+
+py::tuple frank_wolfe(const Doubles& gramian, const std::optional<Bools>& mask, int64_t max_iter, double tol,
+                      bool pair_start) {
   const Problems problems = problems_of(gramian, mask);
   Doubles weights = new_weights(gramian);
   Doubles gap(Sizes{gramian.shape(0)});
-  const MinNorm method{weights.mutable_data(), gap.mutable_data()};
+  const FrankWolfe method{max_iter, tol, pair_start, weights.mutable_data(), gap.mutable_data()};
   {
     py::gil_scoped_release release;
-    min_norm_cpu(problems, method);
+    frank_wolfe_cpu(problems, method);
   }
   return py::make_tuple(weights, gap);
 }
@@ -162,7 +181,8 @@ PYBIND11_MODULE(_C, m) {
   m.def("philox", &fastmtl::philox_words, "counter"_a, "key"_a, "Philox4x32-10.");
   m.def("visiting_order", &fastmtl::random_orders, "num_tasks"_a, "seed"_a, "step"_a, "problem"_a,
         "The random orders [T,T] of one problem (csrc/solvers/order.h).");
-  m.def("min_norm", &fastmtl::min_norm, "gramian"_a, "mask"_a.none(true));
+  m.def("min_norm", &fastmtl::min_norm, "gramian"_a, "mask"_a.none(true), "lower_bounds"_a.none(true));
+  m.def("frank_wolfe", &fastmtl::frank_wolfe, "gramian"_a, "mask"_a.none(true), "max_iter"_a, "tol"_a, "pair_start"_a);
   m.def("pcgrad", &fastmtl::pcgrad, "gramian"_a, "mask"_a.none(true), "order_kind"_a, "order"_a.none(true), "seed"_a,
         "step"_a, "include_self"_a, "mean"_a);
   m.def("gradvac", &fastmtl::gradvac, "gramian"_a, "targets"_a, "mask"_a.none(true), "order_kind"_a,

@@ -206,11 +206,28 @@ Order order_of(const GramianArgs& g, const std::optional<Tensor>& order, const s
 #define FASTMTL_SOLVE(name, g, args) name##_cpu((g).problems, args)
 #endif
 
-std::tuple<Tensor, Tensor> min_norm(const Tensor& gramian, std::optional<Tensor> mask) {
+std::tuple<Tensor, Tensor> min_norm(const Tensor& gramian, std::optional<Tensor> mask,
+                                    std::optional<Tensor> lower_bounds) {
+  auto g = problems_of(gramian, mask);
+  if (lower_bounds) check_double(*lower_bounds, g.sizes, g.device, "lower_bounds");
+  Tensor weights = new_double(g.sizes, g.device), gap = new_double({g.sizes[0]}, g.device);
+  double *w = weights.mutable_data_ptr<double>(), *gaps = gap.mutable_data_ptr<double>();
+  if (lower_bounds) {
+    BoundedMinNorm args{lower_bounds->const_data_ptr<double>(), w, gaps};
+    FASTMTL_SOLVE(bounded_min_norm, g, args);
+  } else {
+    MinNorm args{w, gaps};
+    FASTMTL_SOLVE(min_norm, g, args);
+  }
+  return {weights, gap};
+}
+
+std::tuple<Tensor, Tensor> frank_wolfe(const Tensor& gramian, std::optional<Tensor> mask, int64_t max_iter, double tol,
+                                       bool pair_start) {
   auto g = problems_of(gramian, mask);
   Tensor weights = new_double(g.sizes, g.device), gap = new_double({g.sizes[0]}, g.device);
-  MinNorm args{weights.mutable_data_ptr<double>(), gap.mutable_data_ptr<double>()};
-  FASTMTL_SOLVE(min_norm, g, args);
+  FrankWolfe args{max_iter, tol, pair_start, weights.mutable_data_ptr<double>(), gap.mutable_data_ptr<double>()};
+  FASTMTL_SOLVE(frank_wolfe, g, args);
   return {weights, gap};
 }
 
@@ -247,6 +264,7 @@ void implement(Library& m) {
   m.impl("combine", &combine_boxed);
   m.impl("combine_", &combine_inplace_boxed);
   m.impl("min_norm", TORCH_BOX(&min_norm));
+  m.impl("frank_wolfe", TORCH_BOX(&frank_wolfe));
   m.impl("pcgrad", TORCH_BOX(&pcgrad));
   m.impl("gradvac", TORCH_BOX(&gradvac));
 }
@@ -258,7 +276,8 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
   m.def("gram(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, int num_groups) -> Tensor");
   m.def("combine(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights) -> Tensor[]");
   m.def("combine_(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights, Tensor(a!)[] out) -> ()");
-  m.def("min_norm(Tensor gramian, Tensor? mask) -> (Tensor, Tensor)");
+  m.def("min_norm(Tensor gramian, Tensor? mask, Tensor? lower_bounds=None) -> (Tensor, Tensor)");
+  m.def("frank_wolfe(Tensor gramian, Tensor? mask, int max_iter, float tol, bool pair_start) -> (Tensor, Tensor)");
   m.def(
       "pcgrad(Tensor gramian, Tensor? mask, Tensor? order, Tensor? rng, int order_kind, bool include_self, bool mean)"
       " -> Tensor");

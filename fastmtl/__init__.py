@@ -11,9 +11,9 @@ from fastmtl.aggregate import aggregate
 from fastmtl.backward import backward
 from fastmtl.layer import FeatureSurgery
 from fastmtl.result import Result
-from fastmtl.surgery import MGDA, GradientMethod, GradNorm, GradVac, PCGrad, Step
+from fastmtl.surgery import MGDA, PELTR, GradientMethod, GradNorm, GradVac, PCGrad, Step
 from fastmtl.task_gradients import TaskGradients
-from fastmtl.weighting import LossWeighting, UncertaintyWeighting
+from fastmtl.weighting import DWA, HTW, LBTW, LossWeighting, UncertaintyWeighting
 
 try:
     __version__ = _metadata.version("fastmtl")
@@ -21,7 +21,11 @@ except _metadata.PackageNotFoundError:  # run from a checkout that was never ins
     __version__ = "unknown"
 
 __all__ = [
+    "DWA",
+    "HTW",
+    "LBTW",
     "MGDA",
+    "PELTR",
     "FeatureSurgery",
     "GradNorm",
     "GradVac",

@@ -18,6 +18,7 @@ from fastmtl import _extension, reference
 from fastmtl.rows import Gradients, Rows, as_rows
 
 ORDERS = {"random": 0, "fixed": 1, "shared": 2}
+STARTS = ("uniform", "pair")
 
 
 def gram(grads: Gradients | Rows, groups: Sequence[int] | None = None) -> Tensor:
@@ -118,20 +119,25 @@ def check_weights(weights: Tensor, rows: Rows) -> Tensor:
     return w.detach().to(rows.device, dtype).contiguous()
 
 
-def min_norm(gramian: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def min_norm(gramian: Tensor, mask: Tensor | None = None, lower_bounds: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """The point of smallest norm in the convex hull of the gradients, exactly.
 
     Args:
         gramian: ``[K, T, T]`` float64, symmetric.
         mask: bool ``[K, T]``: which tasks take part; None: all. The entries of the others are not read.
+        lower_bounds: ``[K, T]`` or ``[T]``: what the weights may not fall below; not negative, of sum at most 1 (not
+            checked here, which would synchronise: a larger sum gives the bounds themselves). Those of tasks that do not
+            take part count as 0. None: 0.
 
     Returns:
         The weights ``[K, T]``, float64, non-negative with sum 1, and the duality gap ``[K]``,
-        ``|x|^2 - min_t (Mw)_t`` for ``x = sum_t w_t g_t`` (0 at the optimum). All NaN where an entry that takes part
-        is not finite; all 0 where no task takes part.
+        ``|x|^2 - min_t (Mw)_t`` for ``x = sum_t w_t g_t`` (0 at the optimum); with bounds c it is
+        ``sum_t (w_t - c_t) (Mw)_t - (1 - sum c) min_t (Mw)_t``. All NaN where an entry that takes part is not finite;
+        all 0 where no task takes part.
 
     Note:
-        Cost: an active-set method, about T pivots of T^2 operations; one launch on a GPU.
+        Cost: an active-set method, about T pivots of T^2 operations; one launch on a GPU. Accuracy with bounds: see
+        `fastmtl.solvers.min_norm`.
 
     Example:
         >>> import torch, fastmtl
@@ -140,8 +146,51 @@ def min_norm(gramian: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tenso
         tensor([[0.7347, 0.1837, 0.0816]], dtype=torch.float64)
     """
     if not _extension.kernels_on(gramian.device.type):
-        return reference.min_norm(gramian, mask)
-    return torch.ops.fastmtl.min_norm(gramian, mask)
+        return reference.min_norm(gramian, mask, lower_bounds)
+    if lower_bounds is not None:
+        bounds = lower_bounds.detach().to(gramian.device, torch.float64)
+        if bounds.shape not in (gramian.shape[:2], gramian.shape[1:2]):
+            expected = f"[{gramian.shape[0]}, {gramian.shape[1]}] or [{gramian.shape[1]}]"
+            raise ValueError(f"lower_bounds: expected shape {expected}, found {list(bounds.shape)}")
+        lower_bounds = bounds.expand(gramian.shape[:2]).contiguous()
+    return torch.ops.fastmtl.min_norm(gramian, mask, lower_bounds)
+
+
+def frank_wolfe(
+    gramian: Tensor, mask: Tensor | None = None, max_iter: int = 250, tol: float = 1e-5, start: str = "uniform"
+) -> tuple[Tensor, Tensor]:
+    """Frank-Wolfe steps towards the point that `min_norm` finds exactly.
+
+    Args:
+        gramian: ``[K, T, T]`` float64, symmetric.
+        mask: bool ``[K, T]``, or None.
+        max_iter: The largest number of steps.
+        tol: Stop where a step has changed the weights by less than this, in sum.
+        start: ``"uniform"`` (paper): equal weights; ``"pair"`` (its public code): the shortest point between two tasks.
+
+    Returns:
+        Weights ``[K, T]`` and the duality gap ``[K]``, as `min_norm`.
+
+    Raises:
+        ValueError: An option out of range.
+
+    Note:
+        Cost: T operations a step; one launch on a GPU. The gap falls as 1 / steps only.
+    """
+    check_frank_wolfe(max_iter, tol, start)
+    if not _extension.kernels_on(gramian.device.type):
+        return reference.frank_wolfe(gramian, mask, max_iter, tol, start)
+    return torch.ops.fastmtl.frank_wolfe(gramian, mask, max_iter, tol, start == "pair")
+
+
+def check_frank_wolfe(max_iter: int, tol: float, start: str) -> None:
+    """Raise where an option of `frank_wolfe` is out of range."""
+    if max_iter < 0:
+        raise ValueError(f"max_iter: expected a number of steps, found {max_iter}")
+    if not tol >= 0:
+        raise ValueError(f"tol: expected 0 or more, found {tol}")
+    if start not in STARTS:
+        raise ValueError(f"start: expected one of {STARTS}, found {start!r}")
 
 
 def pcgrad(
@@ -239,7 +288,7 @@ def _register() -> None:
     def weights_fake(gramian: Tensor, *args: Any) -> Tensor:
         return gramian.new_empty(gramian.shape[:2])
 
-    def min_norm_fake(gramian: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor]:
+    def min_norm_fake(gramian: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         return gramian.new_empty(gramian.shape[:2]), gramian.new_empty(gramian.shape[:1])
 
     def gradvac_fake(gramian: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
@@ -250,6 +299,7 @@ def _register() -> None:
         "combine": combine_fake,
         "combine_": nothing,
         "min_norm": min_norm_fake,
+        "frank_wolfe": min_norm_fake,
         "pcgrad": weights_fake,
         "gradvac": gradvac_fake,
     }

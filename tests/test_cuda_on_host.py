@@ -24,7 +24,8 @@ CSRC, HOST, CACHE = ROOT / "csrc", ROOT / "tests" / "cuda_on_host", ROOT / "buil
 KERNELS = ("gram.cu", "combine.cu", "solvers.cu")
 RUNTIME = ("cuda_on_host.cpp", "check.cpp", "main.cpp", "test_gram.cpp", "test_combine.cpp", "test_solvers.cpp")
 # gram_long is about rounding alone and says most with few blocks: see test_few_blocks.
-SUITES = ("gram_registers", "gram_tiled", "gram_tables", "combine", "min_norm", "pcgrad", "gradvac")
+SUITES = ("gram_registers", "gram_tiled", "gram_tables", "combine")
+SUITES += ("min_norm", "bounded_min_norm", "frank_wolfe", "pcgrad", "gradvac")
 WORKERS = min(2, os.cpu_count() or 1)
 HALF_FLAGS = ["HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS"]  # as torch compiles .cu
 COMMON_FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]
@@ -222,6 +223,18 @@ BUGS = {
     ),
     "problems share their scratch": Bug(
         "race", "min_norm", RACE, Edit("solvers.cu", "scratch + blockIdx.x * doubles", "scratch")
+    ),
+    "bounds of the first problem for all": Bug(
+        "asan",
+        "bounded_min_norm",
+        WRONG,
+        Edit("solvers.cu", "args.lower_bounds + problem.index * problem.num_tasks", "args.lower_bounds"),
+    ),
+    "scratch of half the size": Bug(
+        "asan",
+        "frank_wolfe",
+        OVERFLOW,
+        Edit("solvers.cu", "return frank_wolfe_scratch(num_tasks);", "return frank_wolfe_scratch(num_tasks) / 2;"),
     ),
     "shared memory one double short": Bug(
         "asan",

@@ -6,12 +6,41 @@
 #include <vector>
 
 #include "../parallel.h"
+#include "../solvers/bounded_min_norm.h"
+#include "../solvers/frank_wolfe.h"
 #include "../solvers/gradvac.h"
 #include "../solvers/min_norm.h"
 #include "../solvers/pcgrad.h"
+#include "dispatch.h"
 
 namespace fastmtl {
 namespace {
+
+struct SolverKernels {
+  double (*min_norm)(const Problem&, double* scratch, double* weights);
+  double (*bounded_min_norm)(const Problem&, const double* bounds, double* scratch, double* weights);
+  double (*frank_wolfe)(const Problem&, const FrankWolfe&, double* scratch, double* weights);
+  void (*pcgrad_row)(const Problem&, const PCGrad&, int row, double* scratch, double* coefficients);
+  void (*gradvac_row)(const Problem&, const GradVac&, int row, const double* targets, double* new_targets,
+                      double* scratch, double* coefficients);
+};
+
+}  // namespace
+}  // namespace fastmtl
+
+#define FASTMTL_KERNELS "solver_kernels.h"
+#include "each_target.h"
+
+namespace fastmtl {
+namespace {
+
+const SolverKernels& solver_kernels() {
+#if defined(__x86_64__)
+  if (capability() == Capability::avx512) return avx512::kSolverKernels;
+  if (capability() == Capability::avx2) return avx2::kSolverKernels;
+#endif
+  return portable::kSolverKernels;
+}
 
 // A problem of fewer tasks than this, times its number, is not worth waking a thread for.
 constexpr int64_t kParallelCube = 1 << 15;
@@ -43,18 +72,36 @@ int count_present(const Problem& problem) {
 
 void min_norm_cpu(const Problems& problems, const MinNorm& method) {
   const int64_t t = problems.num_tasks;
+  const SolverKernels& kernels = solver_kernels();
   for_each_problem(problems, min_norm_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
-    method.gap[k] = min_norm_problem(HostTeam(), problem_at(problems, k), scratch, method.weights + k * t);
+    method.gap[k] = kernels.min_norm(problem_at(problems, k), scratch, method.weights + k * t);
+  });
+}
+
+void bounded_min_norm_cpu(const Problems& problems, const BoundedMinNorm& method) {
+  const int64_t t = problems.num_tasks;
+  const SolverKernels& kernels = solver_kernels();
+  for_each_problem(problems, bounded_min_norm_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
+    method.gap[k] =
+        kernels.bounded_min_norm(problem_at(problems, k), method.lower_bounds + k * t, scratch, method.weights + k * t);
+  });
+}
+
+void frank_wolfe_cpu(const Problems& problems, const FrankWolfe& method) {
+  const int64_t t = problems.num_tasks;
+  const SolverKernels& kernels = solver_kernels();
+  for_each_problem(problems, frank_wolfe_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
+    method.gap[k] = kernels.frank_wolfe(problem_at(problems, k), method, scratch, method.weights + k * t);
   });
 }
 
 void pcgrad_cpu(const Problems& problems, const PCGrad& method) {
   const int64_t t = problems.num_tasks;
+  const SolverKernels& kernels = solver_kernels();
   for_each_problem(problems, t + pcgrad_row_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
-    const HostTeam team;
     const Problem problem = problem_at(problems, k);
     double* weights = method.weights + k * t;
-    if (!is_finite(team, problem)) {
+    if (!is_finite(HostTeam(), problem)) {
       std::fill(weights, weights + t, std::numeric_limits<double>::quiet_NaN());
       return;
     }
@@ -62,7 +109,7 @@ void pcgrad_cpu(const Problems& problems, const PCGrad& method) {
     double* coefficients = scratch;
     for (int row = 0; row < t; ++row) {
       if (!problem.present(row)) continue;
-      pcgrad_row(team, problem, method.order, method.include_self, row, scratch + t, coefficients);
+      kernels.pcgrad_row(problem, method, row, scratch + t, coefficients);
       for (int64_t j = 0; j < t; ++j) weights[j] += coefficients[j];
     }
     if (!method.mean) return;
@@ -73,14 +120,13 @@ void pcgrad_cpu(const Problems& problems, const PCGrad& method) {
 
 void gradvac_cpu(const Problems& problems, const GradVac& method) {
   const int64_t t = problems.num_tasks;
-  const GradVacRule rule = {method.beta, method.ema_first, method.ema_always};
+  const SolverKernels& kernels = solver_kernels();
   for_each_problem(problems, t + gradvac_row_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
-    const HostTeam team;
     const Problem problem = problem_at(problems, k);
     double* weights = method.weights + k * t;
     const double* targets = method.targets + k * t * t;
     double* new_targets = method.new_targets + k * t * t;
-    if (!is_finite(team, problem)) {
+    if (!is_finite(HostTeam(), problem)) {
       std::fill(weights, weights + t, std::numeric_limits<double>::quiet_NaN());
       if (new_targets != targets) std::copy(targets, targets + t * t, new_targets);
       return;
@@ -88,8 +134,7 @@ void gradvac_cpu(const Problems& problems, const GradVac& method) {
     std::fill(weights, weights + t, 0.0);
     double* coefficients = scratch;
     for (int row = 0; row < t; ++row) {
-      gradvac_row(team, problem, method.order, rule, row, targets + row * t, new_targets + row * t, scratch + t,
-                  coefficients);
+      kernels.gradvac_row(problem, method, row, targets + row * t, new_targets + row * t, scratch + t, coefficients);
       for (int64_t j = 0; j < t; ++j) weights[j] += coefficients[j];
     }
   });

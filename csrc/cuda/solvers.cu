@@ -1,8 +1,10 @@
 // The batched T x T solvers: csrc/solvers/ run by warps and blocks.
 //
 // PCGrad, GradVac: one warp per problem and row i, K * T warps; then the rows' coefficients are added, in order.
-// Min-norm: one warp (T <= 32) or one block per problem.
+// Min-norm, with and without bounds, Frank-Wolfe: one warp (T <= 32) or one block per problem.
 // What a solver works on lies in shared memory where it fits, else in the caller's scratch.
+#include "../solvers/bounded_min_norm.h"
+#include "../solvers/frank_wolfe.h"
 #include "../solvers/gradvac.h"
 #include "../solvers/min_norm.h"
 #include "../solvers/pcgrad.h"
@@ -106,25 +108,66 @@ cudaError_t launch_rows(void (*kernel)(Problems, Args, double*, double*), const 
                 coefficients, args.weights);
 }
 
-// ---- min-norm ----
+// ---- min-norm and Frank-Wolfe: one team per problem ----
+
+int64_t team_doubles(const MinNorm&, int num_tasks) { return min_norm_scratch(num_tasks); }
+int64_t team_doubles(const BoundedMinNorm&, int num_tasks) { return bounded_min_norm_scratch(num_tasks); }
+int64_t team_doubles(const FrankWolfe&, int num_tasks) { return frank_wolfe_scratch(num_tasks); }
 
 template <class Team>
-__device__ __forceinline__ void solve_min_norm(const Team& team, const Problems& problems, const MinNorm& args,
-                                               double* scratch) {
-  const int64_t k = blockIdx.x;
-  const int num_tasks = problems.num_tasks;
-  const double gap = min_norm_problem(
-      team, problem_at(problems, k), solver_memory(scratch, min_norm_scratch(num_tasks)), args.weights + k * num_tasks);
-  if (team.rank() == 0) args.gap[k] = gap;
+__device__ __forceinline__ double solve(const Team& team, const Problem& problem, const MinNorm&, double* memory,
+                                        double* weights) {
+  return min_norm_problem(team, problem, memory, weights);
 }
 
-__global__ void __launch_bounds__(kWarp, 1) min_norm_warp_kernel(Problems problems, MinNorm args, double* scratch) {
-  solve_min_norm(WarpTeam(), problems, args, scratch);
+template <class Team>
+__device__ __forceinline__ double solve(const Team& team, const Problem& problem, const BoundedMinNorm& args,
+                                        double* memory, double* weights) {
+  return bounded_min_norm_problem(team, problem, args.lower_bounds + problem.index * problem.num_tasks, memory,
+                                  weights);
 }
 
-__global__ void __launch_bounds__(kBlock, 1) min_norm_block_kernel(Problems problems, MinNorm args, double* scratch) {
+template <class Team>
+__device__ __forceinline__ double solve(const Team& team, const Problem& problem, const FrankWolfe& args,
+                                        double* memory, double* weights) {
+  return frank_wolfe_problem(team, problem, args, memory, weights);
+}
+
+template <class Team, class Args>
+__device__ __forceinline__ void solve_problem(const Team& team, const Problems& problems, const Args& args,
+                                              double* scratch, int64_t doubles) {
+  const Problem problem = problem_at(problems, blockIdx.x);
+  const double gap =
+      solve(team, problem, args, solver_memory(scratch, doubles), args.weights + problem.index * problem.num_tasks);
+  if (team.rank() == 0) args.gap[problem.index] = gap;
+}
+
+template <class Args>
+__global__ void __launch_bounds__(kWarp, 1)
+    warp_kernel(Problems problems, Args args, double* scratch, int64_t doubles) {
+  solve_problem(WarpTeam(), problems, args, scratch, doubles);
+}
+
+template <class Args>
+__global__ void __launch_bounds__(kBlock, 1)
+    block_kernel(Problems problems, Args args, double* scratch, int64_t doubles) {
   SHARED(BlockTeam<kBlock>::Memory, memory, [1]);
-  solve_min_norm(BlockTeam<kBlock>(memory), problems, args, scratch);
+  solve_problem(BlockTeam<kBlock>(memory), problems, args, scratch, doubles);
+}
+
+template <class Args>
+size_t team_scratch(const Problems& problems) {
+  return scratch_bytes(team_doubles(Args(), problems.num_tasks), problems.count);
+}
+
+template <class Args>
+cudaError_t launch_teams(const Problems& problems, const Args& args, void* scratch, cudaStream_t stream) {
+  if (problems.count == 0) return cudaSuccess;
+  const int64_t doubles = team_doubles(args, problems.num_tasks);
+  double* const memory = fits_shared(doubles) ? nullptr : static_cast<double*>(scratch);
+  const bool warp = problems.num_tasks <= kWarp;
+  return launch(warp ? warp_kernel<Args> : block_kernel<Args>, dim3(problems.count), warp ? kWarp : kBlock,
+                shared_bytes(doubles), stream, problems, args, memory, doubles);
 }
 
 }  // namespace
@@ -147,17 +190,23 @@ cudaError_t gradvac_cuda(const Problems& problems, const GradVac& args, void* sc
                      stream);
 }
 
-size_t min_norm_cuda_scratch(const Problems& problems) {
-  return scratch_bytes(min_norm_scratch(problems.num_tasks), problems.count);
-}
+size_t min_norm_cuda_scratch(const Problems& problems) { return team_scratch<MinNorm>(problems); }
 
 cudaError_t min_norm_cuda(const Problems& problems, const MinNorm& args, void* scratch, cudaStream_t stream) {
-  if (problems.count == 0) return cudaSuccess;
-  const int64_t doubles = min_norm_scratch(problems.num_tasks);
-  double* const memory = fits_shared(doubles) ? nullptr : static_cast<double*>(scratch);
-  const bool warp = problems.num_tasks <= kWarp;
-  return launch(warp ? min_norm_warp_kernel : min_norm_block_kernel, dim3(problems.count), warp ? kWarp : kBlock,
-                shared_bytes(doubles), stream, problems, args, memory);
+  return launch_teams(problems, args, scratch, stream);
+}
+
+size_t bounded_min_norm_cuda_scratch(const Problems& problems) { return team_scratch<BoundedMinNorm>(problems); }
+
+cudaError_t bounded_min_norm_cuda(const Problems& problems, const BoundedMinNorm& args, void* scratch,
+                                  cudaStream_t stream) {
+  return launch_teams(problems, args, scratch, stream);
+}
+
+size_t frank_wolfe_cuda_scratch(const Problems& problems) { return team_scratch<FrankWolfe>(problems); }
+
+cudaError_t frank_wolfe_cuda(const Problems& problems, const FrankWolfe& args, void* scratch, cudaStream_t stream) {
+  return launch_teams(problems, args, scratch, stream);
 }
 
 }  // namespace fastmtl

@@ -32,6 +32,23 @@ struct MinNorm {
   double* gap;
 };
 
+// The same with w >= lower_bounds [K,T], which are not negative and sum to at most 1.
+// gap [K]: sum_t (w_t - c_t) (Mw)_t - (1 - sum c) min_t (Mw)_t.
+struct BoundedMinNorm {
+  const double* lower_bounds;
+  double* weights;
+  double* gap;
+};
+
+// Frank-Wolfe steps towards the min-norm point, from equal weights or from the best pair; gap as for MinNorm.
+struct FrankWolfe {
+  int64_t max_iter;
+  double tol;  // on the sum of the weights' changes
+  bool pair_start;
+  double* weights;
+  double* gap;
+};
+
 struct PCGrad {
   Order order;
   bool include_self;
@@ -52,6 +69,8 @@ struct GradVac {
 };
 
 void min_norm_cpu(const Problems&, const MinNorm&);
+void bounded_min_norm_cpu(const Problems&, const BoundedMinNorm&);
+void frank_wolfe_cpu(const Problems&, const FrankWolfe&);
 void pcgrad_cpu(const Problems&, const PCGrad&);
 void gradvac_cpu(const Problems&, const GradVac&);
 

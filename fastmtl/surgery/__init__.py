@@ -5,5 +5,6 @@ from fastmtl.surgery.gradnorm import GradNorm
 from fastmtl.surgery.gradvac import GradVac
 from fastmtl.surgery.mgda import MGDA
 from fastmtl.surgery.pcgrad import PCGrad
+from fastmtl.surgery.peltr import PELTR
 
-__all__ = ["MGDA", "GradNorm", "GradVac", "GradientMethod", "PCGrad", "Step"]
+__all__ = ["MGDA", "PELTR", "GradNorm", "GradVac", "GradientMethod", "PCGrad", "Step"]

@@ -16,6 +16,8 @@ int main(int argc, char** argv) {
       {"gram_long", gram_long},
       {"combine", combine},
       {"min_norm", min_norm},
+      {"bounded_min_norm", bounded_min_norm},
+      {"frank_wolfe", frank_wolfe},
       {"pcgrad", pcgrad},
       {"gradvac", gradvac},
   };

@@ -7,5 +7,7 @@ void gram_tables();  // many parameters and groups, mixed types
 void gram_long();    // many terms per sum
 void combine();
 void min_norm();
+void bounded_min_norm();
+void frank_wolfe();
 void pcgrad();
 void gradvac();

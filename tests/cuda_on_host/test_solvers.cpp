@@ -1,4 +1,5 @@
-// The solvers on the device: PCGrad and GradVac against the papers' loops, min-norm by its optimality conditions.
+// The solvers on the device: PCGrad, GradVac and Frank-Wolfe against the papers' loops, min-norm by its optimality
+// conditions.
 #include "../../csrc/cuda/cuda.h"
 #include "../../csrc/solvers/order.h"
 #include "check.h"
@@ -6,6 +7,8 @@
 
 namespace {
 
+using fastmtl::BoundedMinNorm;
+using fastmtl::FrankWolfe;
 using fastmtl::GradVac;
 using fastmtl::MinNorm;
 using fastmtl::Order;
@@ -211,6 +214,113 @@ void min_norm_case(const RandomProblems& data, double tolerance) {
   }
 }
 
+// Bounds that leave `slack` to a problem without a mask.
+void bounded_min_norm_case(const RandomProblems& data, double slack, double tolerance) {
+  ++check::num_cases;
+  const Problems& problems = data.problems;
+  const int64_t t = data.t, size = problems.count * t;
+  const check::Exact<double> bounds(size), weights(size), gap(problems.count);
+  for (int64_t i = 0; i < size; ++i) bounds[i] = (1 - slack) * 2 * ((i + i / t) % t + 1) / (t * (t + 1.0));
+  const check::Exact<char> scratch(fastmtl::bounded_min_norm_cuda_scratch(problems));
+  const std::string name = "bounded_min_norm T=" + std::to_string(t) + " slack " + std::to_string(slack);
+  const BoundedMinNorm args = {bounds.get(), weights.get(), gap.get()};
+  check::succeeded(name, fastmtl::bounded_min_norm_cuda(problems, args, scratch.get(), nullptr));
+  for (int64_t k = 0; k < problems.count; ++k) {
+    const std::vector<double> w(weights.get() + k * t, weights.get() + (k + 1) * t);
+    double sum = 0, left = 0, below = 0, inner = 0, smallest = INFINITY, scale = 0;
+    for (int i = 0; i < t; ++i) {
+      sum += w[i];
+      if (!data.present(k, i)) {
+        check::within(name + " weight of an absent task", std::abs(w[i]), 0);
+        continue;
+      }
+      const double c = bounds[k * t + i], product_i = product(data, k, w, i);
+      left += c;
+      if (!(w[i] >= c)) below = c - w[i];
+      inner += (w[i] - c) * product_i;
+      smallest = std::min(smallest, product_i);
+      scale = std::max(scale, data.at(k, i, i));
+    }
+    left = 1 - left;
+    check::within(name + " sum", std::abs(sum - 1), 1e-12);
+    check::within(name + " weight below its bound", std::abs(below), 0);
+    check::within(name + " gap", (inner - left * smallest) / scale, tolerance);
+    check::within(name + " stated gap", std::abs(gap[k] - (inner - left * smallest)) / scale, tolerance);
+  }
+}
+
+std::vector<double> frank_wolfe_loop(const RandomProblems& data, int64_t k, int max_iter, double tol, bool pair_start) {
+  const int t = data.t;
+  const auto inner = [&](const std::vector<double>& a, const std::vector<double>& b) {
+    double sum = 0;
+    for (int i = 0; i < t; ++i) sum += a[i] != 0 ? a[i] * product(data, k, b, i) : 0;
+    return sum;
+  };
+  const auto shortest = [&](std::vector<double> a, const std::vector<double>& b) {
+    const double aa = inner(a, a), ab = inner(a, b), bb = inner(b, b);
+    const double step = ab >= aa ? 0 : ab >= bb ? 1 : (aa - ab) / (aa + bb - 2 * ab);
+    for (int i = 0; i < t; ++i) a[i] += step * (b[i] - a[i]);
+    return a;
+  };
+  const auto vertex = [&](int i) {
+    std::vector<double> e(t);
+    e[i] = 1;
+    return e;
+  };
+  std::vector<double> w(t);
+  int num_present = 0;
+  for (int i = 0; i < t; ++i) num_present += data.present(k, i);
+  for (int i = 0; i < t; ++i) w[i] = data.present(k, i) ? 1.0 / num_present : 0;
+  if (pair_start) {
+    double best = INFINITY;
+    for (int i = 0; i < t; ++i) {
+      for (int j = i + 1; j < t; ++j) {
+        if (!data.present(k, i) || !data.present(k, j)) continue;
+        const std::vector<double> pair = shortest(vertex(i), vertex(j));
+        if (inner(pair, pair) < best) {
+          best = inner(pair, pair);
+          w = pair;
+        }
+      }
+    }
+  }
+  for (int n = 0; n < max_iter; ++n) {
+    int task = -1;
+    for (int i = 0; i < t; ++i) {
+      if (data.present(k, i) && (task < 0 || product(data, k, w, i) < product(data, k, w, task))) task = i;
+    }
+    const std::vector<double> moved = shortest(w, vertex(task));
+    double change = 0;
+    for (int i = 0; i < t; ++i) change += std::abs(moved[i] - w[i]);
+    w = moved;
+    if (change < tol) break;
+  }
+  return w;
+}
+
+void frank_wolfe_case(const RandomProblems& data, int max_iter, bool pair_start) {
+  ++check::num_cases;
+  const Problems& problems = data.problems;
+  const check::Exact<double> weights(problems.count * data.t), gap(problems.count);
+  const check::Exact<char> scratch(fastmtl::frank_wolfe_cuda_scratch(problems));
+  const std::string name = "frank_wolfe T=" + std::to_string(data.t);
+  const FrankWolfe args = {max_iter, 1e-4, pair_start, weights.get(), gap.get()};
+  check::succeeded(name, fastmtl::frank_wolfe_cuda(problems, args, scratch.get(), nullptr));
+  std::vector<double> expected;
+  for (int64_t k = 0; k < problems.count; ++k) {
+    const std::vector<double> w = frank_wolfe_loop(data, k, max_iter, 1e-4, pair_start);
+    expected.insert(expected.end(), w.begin(), w.end());
+    double squared = 0, smallest = INFINITY;
+    for (int i = 0; i < data.t; ++i) {
+      if (!data.present(k, i)) continue;
+      squared += w[i] * product(data, k, w, i);
+      smallest = std::min(smallest, product(data, k, w, i));
+    }
+    check::within(name + " gap", std::abs(gap[k] - (squared - smallest)), 1e-9);
+  }
+  check::within(name, largest_difference(weights, expected), 1e-9);
+}
+
 }  // namespace
 
 void pcgrad() {
@@ -262,4 +372,35 @@ void min_norm() {
   check::succeeded("min_norm", fastmtl::min_norm_cuda(data.problems, args, scratch.get(), nullptr));
   for (int i = 0; i < 7; ++i) check::within("min_norm: vertex of a zero gradient", std::abs(weights[i] - (i == 4)), 0);
   check::within("min_norm: finite weights although M is not", count_finite(weights.get() + 7, 7), 0);
+}
+
+void bounded_min_norm() {
+  for (int t = 1; t <= 40; ++t) bounded_min_norm_case(RandomProblems(2, t, t + 20, t % 2 == 0), 1 - 0.02 * t, 1e-12);
+  for (double slack : {1.0, 1e-3, 1e-9, 0.0}) bounded_min_norm_case(RandomProblems(2, 6, 3, true), slack, 1e-12);
+  bounded_min_norm_case(RandomProblems(2, 48, 3, false), 0.7, 1e-12);  // dependent gradients
+  bounded_min_norm_case(RandomProblems(1, 72, 100, true), 0.3, 1e-12);
+  bounded_min_norm_case(RandomProblems(2, 110, 150, false), 0.5, 1e-12);  // too large for shared memory
+
+  const RandomProblems data(2, 7, 20, false);
+  data.at(1, 2, 2) = NAN;
+  const check::Exact<double> bounds(2 * 7), weights(2 * 7), gap(2);
+  for (int i = 0; i < 14; ++i) bounds[i] = i == 3 ? NAN : 0;
+  const check::Exact<char> scratch(fastmtl::bounded_min_norm_cuda_scratch(data.problems));
+  const BoundedMinNorm args = {bounds.get(), weights.get(), gap.get()};
+  check::succeeded("bounded_min_norm", fastmtl::bounded_min_norm_cuda(data.problems, args, scratch.get(), nullptr));
+  check::within("bounded_min_norm: finite weights although M or c is not", count_finite(weights.get(), 14), 0);
+}
+
+void frank_wolfe() {
+  for (int t = 1; t <= 40; ++t) frank_wolfe_case(RandomProblems(2, t, t + 20, t % 2 == 0), t, t % 3 == 0);
+  frank_wolfe_case(RandomProblems(1, 72, 100, true), 20, true);
+  frank_wolfe_case(RandomProblems(3, 33, 100, false), 0, false);
+
+  const RandomProblems data(1, 7, 20, false);
+  data.at(0, 2, 2) = NAN;
+  const check::Exact<double> weights(7), gap(1);
+  const check::Exact<char> scratch(fastmtl::frank_wolfe_cuda_scratch(data.problems));
+  const FrankWolfe args = {250, 1e-5, false, weights.get(), gap.get()};
+  check::succeeded("frank_wolfe", fastmtl::frank_wolfe_cuda(data.problems, args, scratch.get(), nullptr));
+  check::within("frank_wolfe: finite weights although M is not", count_finite(weights.get(), 7), 0);
 }

@@ -1,6 +1,11 @@
-"""PCGrad and GradVac as their papers state them: pair by pair, on the gradients themselves, in extended precision."""
+"""The methods as their papers state them, or by brute force in exact arithmetic.
+
+PCGrad and GradVac pair by pair, on the gradients themselves, in extended precision.
+"""
 
 from collections.abc import Iterator
+from fractions import Fraction
+from itertools import combinations
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,3 +84,69 @@ def assert_same_direction(weights: Array, jacobian: Jacobian, rows: Array, toler
     expected = rows.sum(0)
     scale = max(np.sqrt((jacobian**2).sum(1)).max(), np.sqrt((rows**2).sum(1)).max())
     np.testing.assert_allclose(weights @ jacobian.astype(np.longdouble), expected, rtol=0, atol=tolerance * scale)
+
+
+def bounded_min_norm(gramian: Array, bounds: Array) -> Array:
+    """The weights, rounded once: every support tried, its optimality conditions solved and checked in rationals."""
+    m = [[Fraction(float(x)) for x in row] for row in gramian]
+    c = [Fraction(float(x)) for x in bounds]
+    tasks = range(len(c))
+    left = 1 - sum(c)
+    if left <= 0:
+        return bounds
+    pull = [sum(m[i][j] * c[j] for j in tasks) for i in tasks]
+    for size in range(1, len(c) + 1):
+        for support in combinations(tasks, size):
+            rows = [[*(m[i][j] for j in support), Fraction(1), -pull[i]] for i in support]
+            rows.append([*(Fraction(1) for _ in support), Fraction(0), left])
+            solution = solve_exactly(rows)
+            if solution is None or min(solution[:-1]) < 0:
+                continue
+            w = c.copy()
+            for i, share in zip(support, solution, strict=False):
+                w[i] += share
+            if all(sum(m[i][j] * w[j] for j in tasks) + solution[-1] >= 0 for i in tasks):
+                return np.array([float(x) for x in w])
+    raise AssertionError("no support is optimal: the Gramian is not positive semidefinite")
+
+
+def solve_exactly(rows: list[list[Fraction]]) -> list[Fraction] | None:
+    """Gauss-Jordan on ``[A b]``; None where A is singular."""
+    for i in range(len(rows)):
+        pivot = next((r for r in range(i, len(rows)) if rows[r][i] != 0), None)
+        if pivot is None:
+            return None
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        for r in range(len(rows)):
+            if r != i and rows[r][i] != 0:
+                factor = rows[r][i] / rows[i][i]
+                rows[r] = [x - factor * y for x, y in zip(rows[r], rows[i], strict=True)]
+    return [row[-1] / row[i] for i, row in enumerate(rows)]
+
+
+def frank_wolfe(m: Array, max_iter: int, tol: float, start: str) -> Array:
+    """Sener and Koltun's Algorithm 2; ``start="pair"``: the start of their code, `MinNormSolver`."""
+
+    def between(v1: Array, v2: Array) -> Array:
+        """Algorithm 1: the shortest point between two, as weights."""
+        v1v1, v1v2, v2v2 = v1 @ m @ v1, v1 @ m @ v2, v2 @ m @ v2
+        if v1v2 >= v1v1:
+            gamma = 1.0
+        elif v1v2 >= v2v2:
+            gamma = 0.0
+        else:
+            gamma = (v2v2 - v1v2) / (v1v1 + v2v2 - 2 * v1v2)
+        return gamma * v1 + (1 - gamma) * v2
+
+    n = len(m)
+    unit = np.eye(n)
+    alpha = np.full(n, 1 / n)
+    if start == "pair" and n > 1:
+        alpha = min((between(unit[i], unit[j]) for i, j in combinations(range(n), 2)), key=lambda a: a @ m @ a)
+    for _ in range(max_iter):
+        new = between(alpha, unit[np.argmin(m @ alpha)])
+        change = np.abs(new - alpha).sum()
+        alpha = new
+        if change < tol:
+            break
+    return alpha

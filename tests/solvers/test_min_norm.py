@@ -256,6 +256,27 @@ def test_threads_do_not_share() -> None:
             np.testing.assert_array_equal(ours[k], expected)
 
 
+def test_every_instruction_set() -> None:
+    """Equal to rounding, for all solvers."""
+    compiled = solvers._C
+    m = gramian(stack_of(random, 20, 5))
+    bounds, targets = np.full(20, 0.01), np.full_like(m, 0.1)
+
+    def solve() -> list[Array]:
+        solved = [solvers.min_norm(m)[0], solvers.min_norm(m, lower_bounds=bounds)[0], solvers.pcgrad(m)]
+        return [*solved, solvers.frank_wolfe(m, max_iter=20)[0], *solvers.gradvac(m, targets)]
+
+    before = compiled.build_info()["cpu_capability"]
+    expected = solve()
+    try:
+        for name in ("portable", "avx2", "avx512"):
+            if compiled.set_cpu_capability(name):
+                for ours, theirs in zip(solve(), expected, strict=True):
+                    np.testing.assert_allclose(ours, theirs, rtol=0, atol=1e-9)
+    finally:
+        compiled.set_cpu_capability(before)
+
+
 def test_any_layout_and_type() -> None:
     m = gramian(stack_of(random, 4, 1))[0]
     expected = solvers.min_norm(m)[0]

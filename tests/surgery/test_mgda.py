@@ -93,4 +93,151 @@ def test_one_task_identical_tasks_masked_tasks() -> None:
 
 
 def test_it_has_no_state() -> None:
-    assert not MGDA().state_dict()
+    assert not MGDA("frank_wolfe", normalization="loss+").state_dict()
+
+
+# ---- options ---------------------------------------------------------------------------------------------------------
+
+OPTIONS: list[dict] = [
+    {},
+    {"solver": "frank_wolfe"},
+    {"solver": "frank_wolfe", "max_iter": 2},
+    {"solver": "frank_wolfe", "tol": 0.2},
+    {"solver": "frank_wolfe", "start": "pair"},
+    {"normalization": "l2"},
+    {"normalization": "loss"},
+    {"normalization": "loss+"},
+    {"normalization": "loss", "apply_to": "normalized"},
+    {"normalization": "l2", "rescale": "sum_to_num_tasks"},
+]
+
+
+def test_every_option_makes_a_difference() -> None:
+    jacobian = jacobians()[0] * torch.linspace(0.5, 2, 6, dtype=torch.float64).unsqueeze(1)
+    losses = torch.linspace(3, 0.5, 6, dtype=torch.float64)
+    found = [MGDA(**options)(jacobian @ jacobian.T, losses=losses) for options in OPTIONS]
+    for i, a in enumerate(found):
+        assert not any(torch.allclose(a, b, atol=1e-6) for b in found[:i]), OPTIONS[i]
+
+
+def divided(jacobian: Tensor, losses: Tensor, normalization: str) -> Tensor:
+    """The rows as the paper's code normalises them, literally."""
+    rows = []
+    for g, loss in zip(jacobian, losses, strict=True):
+        gn = {"none": 1, "l2": g.norm(), "loss": loss, "loss+": loss * g.norm()}[normalization]
+        rows.append(g / gn)
+    return torch.stack(rows)
+
+
+@pytest.mark.parametrize("solver", ["exact", "frank_wolfe"])
+@pytest.mark.parametrize("normalization", ["none", "l2", "loss", "loss+"])
+def test_normalized_gradients_are_what_is_solved(normalization: str, solver: str) -> None:
+    for jacobian in jacobians()[:4]:
+        losses = torch.rand(len(jacobian), dtype=torch.float64) + 0.1
+        rows = divided(jacobian, losses, normalization)
+        expected = MGDA(solver)(rows @ rows.T)
+        raw = MGDA(solver, normalization=normalization)(jacobian @ jacobian.T, losses=losses)
+        torch.testing.assert_close(raw @ rows, expected @ rows, rtol=0, atol=1e-9 * float(rows.norm()))
+        scaled = MGDA(solver, normalization=normalization, apply_to="normalized")
+        found = scaled(jacobian @ jacobian.T, losses=losses)
+        torch.testing.assert_close(found @ jacobian, expected @ rows, rtol=0, atol=1e-9 * float(rows.norm()))
+
+
+@pytest.mark.parametrize("normalization", ["l2", "loss+"])
+def test_normalizing_by_the_norm_forgets_it(normalization: str) -> None:
+    jacobian, sizes = jacobians()[0], torch.logspace(-3, 3, 6, dtype=torch.float64).unsqueeze(1)
+    method, losses = MGDA(normalization=normalization), torch.linspace(1, 2, 6, dtype=torch.float64)
+    before, after = (method(g @ g.T, losses=losses) for g in (jacobian, jacobian * sizes))
+    torch.testing.assert_close(before, after, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("apply_to", ["raw", "normalized"])
+@pytest.mark.parametrize("normalization", ["l2", "loss", "loss+"])
+def test_zeros_negative_losses_and_absent_tasks(normalization: str, apply_to: str) -> None:
+    method = MGDA(normalization=normalization, apply_to=apply_to)
+    jacobian = torch.randn(4, 9, dtype=torch.float64)
+    losses = torch.tensor([1.0, 0.0, -2.0, 3.0], dtype=torch.float64)
+    ones = torch.tensor([1.0, 1.0, 2.0, 3.0])  # a loss of 0 does not divide
+    positive = method(jacobian @ jacobian.T, losses=ones)
+    assert positive.isfinite().all()
+    torch.testing.assert_close(method(jacobian @ jacobian.T, losses=losses), positive)
+    jacobian[2] = 0
+    weights = method(jacobian @ jacobian.T, losses=losses)
+    assert weights.isfinite().all()
+    assert (weights > 0).tolist() == [False, False, True, False]
+    rest, mask = [0, 2, 3], torch.tensor([True, False, True, True])
+    jacobian[2] = 1
+    gramian = jacobian @ jacobian.T
+    alone = method(gramian[rest][:, rest], losses=losses[rest])
+    gramian[1] = gramian[:, 1] = losses[1] = math.nan
+    weights = method(gramian, losses=losses, mask=mask)
+    assert weights[1] == 0
+    torch.testing.assert_close(weights[rest], alone)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("normalization", ["l2", "loss", "loss+"])
+def test_what_is_not_finite_gives_nan(normalization: str, bad: float) -> None:
+    method, gramian = MGDA(normalization=normalization), torch.eye(3, dtype=torch.float64)
+    if method.needs_losses:
+        assert method(gramian, losses=torch.tensor([1.0, bad, 1.0])).isnan().all()
+    gramian[0, 0] = bad
+    assert method(gramian, losses=torch.ones(3)).isnan().all()
+
+
+def test_losses_only_where_they_are_needed() -> None:
+    gramian = torch.eye(2)
+    for normalization in ("none", "l2"):
+        assert MGDA(normalization=normalization)(gramian).isfinite().all()
+    for normalization in ("loss", "loss+"):
+        with pytest.raises(ValueError, match="losses: MGDA needs the values"):
+            MGDA(normalization=normalization)(gramian)
+
+
+@pytest.mark.parametrize("normalization", ["none", "loss+"])
+def test_scaled_heads(normalization: str) -> None:
+    """Each head's gradient is multiplied by its task's weight, as if sum w_t L_t were the loss."""
+    x, trunk = torch.randn(5, 3), torch.nn.Linear(3, 4)
+    heads = torch.nn.ModuleList(torch.nn.Linear(4, 1) for _ in range(3))
+
+    def losses() -> list[Tensor]:
+        return [head(trunk(x)).pow(2).mean() for head in heads]
+
+    for scale_heads in (False, True):
+        torch.nn.ModuleList([trunk, heads]).zero_grad()
+        method = MGDA(normalization=normalization, scale_heads=scale_heads)
+        out = fastmtl.backward(losses(), method, shared_params=trunk)
+        weights = out.weights.float() if scale_heads else torch.ones(3)
+        for w, head, loss in zip(weights, heads, losses(), strict=True):
+            (plain,) = torch.autograd.grad(loss, head.weight)
+            torch.testing.assert_close(head.weight.grad, w * plain)
+    with pytest.raises(ValueError, match="scale_heads=False"):
+        fastmtl.FeatureSurgery(MGDA(scale_heads=True), num_tasks=3)
+
+
+def test_ub_with_losses_in_the_layer() -> None:
+    """On the representation, flattened over the batch, and with the losses handed on."""
+    z, method = torch.randn(5, 4, requires_grad=True), MGDA("frank_wolfe", normalization="loss+")
+    surgery = fastmtl.FeatureSurgery(method, num_tasks=2)
+    heads = torch.randn(2, 4)
+    surgery.total([(zt * h).sum().pow(2) for zt, h in zip(surgery(z), heads, strict=True)]).backward()
+    losses = [(z * h).sum().pow(2) for h in heads]
+    rows = torch.stack([torch.autograd.grad(loss, z)[0].flatten() for loss in losses]).double()
+    weights = method(rows @ rows.T, losses=torch.stack(losses).detach().double())
+    torch.testing.assert_close(z.grad, (weights @ rows).float().view(5, 4), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"solver": "slsqp"}, "solver: expected 'exact' or 'frank_wolfe', found 'slsqp'"),
+        ({"max_iter": -1}, "max_iter: expected a number of steps, found -1"),
+        ({"tol": -1.0}, "tol: expected 0 or more, found -1.0"),
+        ({"start": "random"}, "start: expected .* found 'random'"),
+        ({"normalization": "l1"}, "normalization: expected one of .* found 'l1'"),
+        ({"apply_to": "both"}, "apply_to: expected 'raw' or 'normalized', found 'both'"),
+    ],
+)
+def test_errors(options: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        MGDA(**options)

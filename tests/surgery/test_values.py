@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastmtl
-from fastmtl import MGDA, GradNorm, GradVac, PCGrad
+from fastmtl import MGDA, PELTR, GradNorm, GradVac, PCGrad
 
 JACOBIAN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
 
@@ -22,6 +22,9 @@ def tensor(*values: float) -> Tensor:
     ("method", "weights", "direction"),
     [
         (MGDA(), (0.6, 0.4), (0, 1, 1)),
+        (MGDA("frank_wolfe"), (0.6, 0.4), (0, 1, 1)),
+        (PELTR((0.7, 0.2)), (0.7, 0.3), (-1, 1, 1)),
+        (PELTR((0.7, 0.2), "relaxed"), (0.7, 0.3), (-1, 1, 1)),
         (PCGrad(), (2.2222, 1.5789), (0.5848, 3.8012, 3.8012)),
         (GradVac(), (2.2222, 1.5789), (0.5848, 3.8012, 3.8012)),
         (PCGrad(reduction="mean"), (1.1111, 0.7895), (0.2924, 1.9006, 1.9006)),
@@ -50,9 +53,28 @@ def test_pcgrad_of_three_tasks_in_a_given_order(include_self: bool, direction: t
     torch.testing.assert_close(out.grads, tensor(*direction), rtol=0, atol=1e-6)
 
 
-def test_mgda_of_orthogonal_tasks() -> None:
-    out = fastmtl.aggregate(torch.diag(tensor(1, 2, 3)), MGDA())
+@pytest.mark.parametrize("method", [MGDA(), MGDA("frank_wolfe", max_iter=10000, tol=0), PELTR(0.05)])
+def test_min_norm_of_orthogonal_tasks(method: fastmtl.GradientMethod) -> None:
+    out = fastmtl.aggregate(torch.diag(tensor(1, 2, 3)), method)
     torch.testing.assert_close(out.weights, tensor(0.734694, 0.183673, 0.081633), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("normalization", "apply_to", "weights"),
+    [
+        ("l2", "raw", (0.5, 0.5)),
+        ("l2", "normalized", (0.5, 0.25)),
+        ("loss", "raw", (16 / 17, 1 / 17)),  # lengths (2, 8)
+        ("loss", "normalized", (32 / 17, 4 / 17)),
+        ("loss+", "raw", (0.8, 0.2)),  # lengths (2, 4)
+        ("loss+", "normalized", (1.6, 0.4)),
+    ],
+)
+def test_mgda_normalized(normalization: str, apply_to: str, weights: tuple) -> None:
+    """Gradients of length (1, 2) at right angles, losses (0.5, 0.25)."""
+    method = MGDA(normalization=normalization, apply_to=apply_to)
+    found = method(torch.diag(tensor(1, 4)), losses=tensor(0.5, 0.25))
+    torch.testing.assert_close(found, tensor(*weights))
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])

@@ -1,0 +1,31 @@
+// The solvers of one problem. Included by each_target.h once per instruction set, after vector.h: `flatten` draws all
+// that a solver calls into the function, and so under its instruction set.
+
+#define FASTMTL_SOLVER static __attribute__((flatten))
+
+FASTMTL_SOLVER double min_norm(const Problem& problem, double* scratch, double* weights) {
+  return min_norm_problem(HostTeam(), problem, scratch, weights);
+}
+
+FASTMTL_SOLVER double bounded_min_norm(const Problem& problem, const double* bounds, double* scratch, double* weights) {
+  return bounded_min_norm_problem(HostTeam(), problem, bounds, scratch, weights);
+}
+
+FASTMTL_SOLVER double frank_wolfe(const Problem& problem, const FrankWolfe& method, double* scratch, double* weights) {
+  return frank_wolfe_problem(HostTeam(), problem, method, scratch, weights);
+}
+
+FASTMTL_SOLVER void one_pcgrad_row(const Problem& problem, const PCGrad& method, int row, double* scratch,
+                                   double* coefficients) {
+  pcgrad_row(HostTeam(), problem, method.order, method.include_self, row, scratch, coefficients);
+}
+
+FASTMTL_SOLVER void one_gradvac_row(const Problem& problem, const GradVac& method, int row, const double* targets,
+                                    double* new_targets, double* scratch, double* coefficients) {
+  const GradVacRule rule = {method.beta, method.ema_first, method.ema_always};
+  gradvac_row(HostTeam(), problem, method.order, rule, row, targets, new_targets, scratch, coefficients);
+}
+
+constexpr SolverKernels kSolverKernels = {min_norm, bounded_min_norm, frank_wolfe, one_pcgrad_row, one_gradvac_row};
+
+#undef FASTMTL_SOLVER
