@@ -9,7 +9,7 @@ EDITABLE := --no-build-isolation --config-settings editable_mode=compat --editab
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format info bench gpu cuda-check clean
+.PHONY: help demo test lint format info bench plots gpu cuda-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -27,6 +27,9 @@ $(VENV)/fastmtl: $(VENV)/torch $(SOURCES)
 $(VENV)/test: $(VENV)/fastmtl
 	$(PIP) $(EDITABLE) ".[demo,test]"
 	@touch $@
+
+$(VENV)/peers: $(VENV)/fastmtl # what the benchmarks compare with stays out of the environment of demo and tests
+	$(PIP) torchjd==0.18.0 && touch $@ || echo "NO COMPARISON WITH TORCHJD: it could not be installed"
 
 $(VENV)/lint: $(VENV)/fastmtl
 	$(PIP) $(EDITABLE) ".[lint]"
@@ -52,9 +55,14 @@ format: $(VENV)/lint ## reformat everything
 info: $(VENV)/fastmtl ## what is installed, and what to do
 	$(BIN)/python -m fastmtl info
 
-bench: $(VENV)/test ## CPU benchmarks into benchmarks/results/
-	-$(PIP) torchjd==0.18.0
-	$(BIN)/python -m benchmarks
+bench: ## CPU benchmarks into benchmarks/results/, against TorchJD, in .venv-bench
+	$(MAKE) --no-print-directory VENV=.venv-bench .venv-bench/peers
+	.venv-bench/bin/python -m benchmarks $(ARGS)
+	$(MAKE) --no-print-directory plots
+
+plots: ## draw benchmarks/results/*.png from the CSV
+	$(MAKE) --no-print-directory VENV=.venv-bench .venv-bench/fastmtl
+	.venv-bench/bin/python -m benchmarks.plots
 
 cuda-check: ## compile the CUDA kernels for every architecture; spills are errors (needs nvcc)
 	$(PYTHON) tests/cuda_check.py --arch all
@@ -63,4 +71,4 @@ gpu: ## on a machine with a GPU, torch and nvcc: build, GPU tests, sanitizer, be
 	$(PYTHON) -m benchmarks.gpu
 
 clean: ## remove what was built
-	rm -rf $(VENV) build dist fastmtl.egg-info fastmtl/_C*.so demo-output
+	rm -rf $(VENV) .venv-bench build dist fastmtl.egg-info fastmtl/_C*.so demo-output

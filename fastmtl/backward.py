@@ -7,7 +7,6 @@ import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from fastmtl import ops
@@ -244,12 +243,13 @@ def _on_gramian_params(
     if decision.kept is not None:  # the pass below would multiply their gradients by 0, and 0 * inf is NaN
         passes = passes.without(decision.kept)
     if not decision.skip and passes.losses.present:
-        weights, head_weights = decision.weights[0], decision.for_heads(method)[0]
+        del tasks, rows  # the pass below needs memory
+        weights = decision.weights[0]
         if not heads or method.scale_heads:
             _accumulate_one([*shared, *heads], passes.weighted([*shared, *heads], weights))
         else:
             grads = passes.weighted(shared, weights, then_more=True, aside=heads)
-            grads += passes.weighted(heads, head_weights, aside=shared)
+            grads += passes.weighted(heads, None, aside=shared)
             _accumulate_one([*shared, *heads], grads)
     return Result.of(_grads(shared), decision.weights, gramian, grouped=False)
 
@@ -260,8 +260,7 @@ def _refuse_unreached(rows: Rows, argument: str) -> None:
 
 
 def _accumulate_one(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    rows = Rows.by_task([grads])
-    accumulate((params, rows, torch.ones(1, 1, dtype=torch.float64, device=rows.device)))
+    accumulate((params, Rows.by_task([grads]), None))
 
 
 def _columns(

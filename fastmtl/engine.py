@@ -124,8 +124,10 @@ class Decision:
     kept: Tensor | None = None
     skip: bool = False
 
-    def for_heads(self, method: GradientMethod) -> Tensor:
-        """The weights ``[1, T]`` of the gradients of parameters that are not shared."""
+    def for_heads(self, method: GradientMethod) -> Tensor | None:
+        """The weights ``[1, T]`` of the gradients of parameters that are not shared; None: all count 1."""
+        if not method.scale_heads and self.kept is None:
+            return None
         weights = self.weights if method.scale_heads else torch.ones_like(self.weights[:1])
         if self.solved is not None:  # a head whose task misses the shared parameters goes on as it is
             weights = torch.where(self.solved, weights, 1.0)
@@ -228,30 +230,42 @@ def weighed_losses(method: LossWeighting, losses: Losses | None, scale: Tensor |
             total.backward(None if scale is None else scale.to(total.dtype))
 
 
-def accumulate(*jobs: tuple[Sequence[Tensor], Rows, Tensor]) -> None:
+def accumulate(*jobs: tuple[Sequence[Tensor], Rows, Tensor | None]) -> None:
     """Add weighted rows to parameters' ``.grad``, as ``loss.backward()`` would.
 
     A parameter that no task reaches is left alone. Nothing is written if anything raises.
 
     Args:
-        jobs: Parameters, their rows, and the rows' weights.
+        jobs: Parameters, their rows, and the rows' weights ``[K, T]``; None: all count 1.
 
     Raises:
         TypeError: A ``.grad`` to be added to is sparse, complex or sharded.
     """
-    work: list[tuple[Rows, Tensor, list[int]]] = []
+    work: list[tuple[Sequence[Tensor], Rows, Tensor, list[int]]] = []
+    single: list[tuple[Tensor, Tensor]] = []
     new: list[tuple[Tensor, Tensor]] = []
     for params, rows, weights in jobs:
-        reached = rows.reached()
         refuse_unsupported(params, [p.grad for p in params], {})
+        reached = rows.reached()
+        if weights is None:  # heads, mostly: one task each
+            alone = {p: rows.only(p) for p in reached}
+            single += [(params[p], row) for p, row in alone.items() if row is not None]
+            reached = [p for p, row in alone.items() if row is None]
+            weights = torch.ones(rows.num_groups, rows.num_tasks, device=rows.device)
         fresh = [p for p in reached if params[p].grad is None]
-        work.append((rows, weights, [p for p in reached if params[p].grad is not None]))
+        work.append((params, rows, weights, [p for p in reached if params[p].grad is not None]))
         if fresh:
             part = rows if len(fresh) == rows.num_params else rows.select(fresh)
             new += zip([params[p] for p in fresh], ops.combine(part, weights), strict=True)
-    for (params, _, _), (rows, weights, existing) in zip(jobs, work, strict=True):
+    # A row may share its memory with another tensor, so a copy becomes .grad.
+    new += [(param, torch.empty_like(param).copy_(row)) for param, row in single if param.grad is None]
+    for params, rows, weights, existing in work:
         if existing:
             ops.combine_(rows.select(existing), weights, [params[p].grad for p in existing])  # type: ignore[misc]
+    with torch.no_grad():
+        for param, row in single:
+            if param.grad is not None:
+                param.grad.add_(row)
     for param, grad in new:
         param.grad = grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
 

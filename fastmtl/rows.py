@@ -69,6 +69,13 @@ class Rows:
         t = self.num_tasks
         return [p for p in range(self.num_params) if any(g is not None for g in self.grads[p * t : (p + 1) * t])]
 
+    def only(self, param: int) -> Tensor | None:
+        """The gradient of a parameter that exactly one task reaches; None if several do."""
+        if self.stacked:
+            return None
+        found = [g for g in self.grads[param * self.num_tasks : (param + 1) * self.num_tasks] if g is not None]
+        return found[0] if len(found) == 1 else None
+
     def present(self) -> list[list[bool]]:
         """Which task reaches which group, ``[K][T]``."""
         if self.stacked:

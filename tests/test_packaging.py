@@ -59,7 +59,7 @@ def test_wheel_from_the_source_distribution(checkout: Path, tmp_path: Path) -> N
     names = zipfile.ZipFile(wheel).namelist()
     assert any(n.startswith("fastmtl/_C") for n in names)
     assert "fastmtl/py.typed" in names
-    assert "fastmtl/demo/data/reviews.npz" in names
+    assert {f"fastmtl/demo/data/{data}.npz" for data in ("reviews", "groceries")} <= set(names)
     assert not any(n.startswith(("tests/", "benchmarks/", "csrc/")) for n in names)
     site = tmp_path / "site"
     site.mkdir()

@@ -1,4 +1,4 @@
-"""``python -m fastmtl demo``: 25 things about clothing reviews, one trunk, every method, one table."""
+"""``python -m fastmtl demo``: many tasks, one trunk, every method, one table."""
 
 from __future__ import annotations
 
@@ -8,7 +8,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
+
+if TYPE_CHECKING:
+    from .dataset import Dataset
 
 __all__ = ["main"]
 
@@ -49,7 +52,7 @@ def parse(argv: Sequence[str], methods: Sequence[str]) -> argparse.Namespace:
                 raise argparse.ArgumentTypeError(f"unknown method {name!r}; known: {', '.join(methods)}")
         return tuple(name for name in methods if name in names or name == "sum")
 
-    parser = Parser(prog="python -m fastmtl demo", description="Trains one net for 25 tasks on clothing reviews.")
+    parser = Parser(prog="python -m fastmtl demo", description="Trains one net for many tasks by every method.")
     parser.add_argument(
         "--methods",
         type=chosen,
@@ -57,7 +60,13 @@ def parse(argv: Sequence[str], methods: Sequence[str]) -> argparse.Namespace:
         metavar="A,B",
         help=f"methods to compare with summed loss, out of {', '.join(methods)} (default: all)",
     )
-    parser.add_argument("--steps", type=positive, default=420, help="training steps of each method (%(default)s)")
+    parser.add_argument(
+        "--data",
+        default="reviews",
+        metavar="NAME",
+        help="reviews (25 tasks), groceries (150 tasks), or a file in the format of reviews.npz (%(default)s)",
+    )
+    parser.add_argument("--steps", type=positive, help="training steps of each method (reviews 420, groceries 400)")
     parser.add_argument("--seed", type=seed, default=0, help="of the split, the nets and the batches (%(default)s)")
     parser.add_argument(
         "--threads",
@@ -66,9 +75,17 @@ def parse(argv: Sequence[str], methods: Sequence[str]) -> argparse.Namespace:
         help="threads of PyTorch (%(default)s: the net is small, and a busy machine disturbs one thread least)",
     )
     parser.add_argument("--out", type=Path, default=Path("demo-output"), help="folder for the plots (./%(default)s)")
-    parser.add_argument("--data", type=Path, default=None, help="another file in the format of reviews.npz")
     parser.add_argument("--quick", action="store_true", help="16 steps only: shows the course, no results")
     return parser.parse_args(argv)
+
+
+def load(name: str, seed: int) -> Dataset:
+    """Returns a data set by its name or file. Raises DataError with one line."""
+    from . import groceries, reviews
+
+    if name == "groceries":
+        return groceries.make_dataset(groceries.load())
+    return reviews.make_dataset(reviews.load(reviews.REVIEWS if name == "reviews" else Path(name)), seed)
 
 
 @contextmanager
@@ -96,7 +113,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     import torch
 
     from . import train
-    from .data import REVIEWS, DataError, load_reviews, make_dataset
+    from .dataset import DataError
     from .methods import METHODS, Settings
     from .report import notes, table
 
@@ -105,7 +122,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         options.out.mkdir(parents=True, exist_ok=True)
         if not os.access(options.out, os.W_OK):
             raise UsageError(f"cannot write to {options.out}")
-        data = make_dataset(load_reviews(options.data or REVIEWS), options.seed)
+        data = load(options.data, options.seed)
     except (UsageError, DataError) as error:
         print(f"fastmtl demo: {error}", file=sys.stderr)
         return 2
@@ -114,17 +131,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     torch.set_num_threads(options.threads)
 
-    settings = Settings(options.methods, options.steps, options.seed)
+    timed_turns = max(1, 200 // len(data.tasks))  # the loop over pairs is slow where tasks are many
+    settings = Settings(options.methods, options.steps or data.steps, options.seed, lr=data.lr, timed_turns=timed_turns)
     if options.quick:
-        settings = Settings(options.methods, steps=16, seed=options.seed, probes=2, timed_turns=1)
+        settings = Settings(options.methods, 16, options.seed, probes=1, timed_turns=1, single_epochs=1)
     print(
-        f"{len(data.train.labels):,} clothing reviews to train on, {len(data.held_out.labels):,} held out, "
-        f"{len(data.tasks)} tasks; {settings.steps} steps of {settings.batch} reviews by each method, "
+        f"{len(data.train.labels):,} {data.title} to train on, {len(data.validation.labels):,} to choose the "
+        f"single-task nets' epochs, {len(data.held_out.labels):,} held out; {len(data.tasks)} tasks; "
+        f"{settings.steps} steps of {settings.batch} {data.unit} by each method, "
         f"{options.threads} thread{'s' if options.threads > 1 else ''}"
     )
-    with progress(train.total_steps(settings)) as advance:
+    with progress(train.total_steps(data, settings)) as advance:
         outcome = train.run(data, settings, advance)
-    print(f"\n{table(outcome, data.tasks)}\n\n{notes(outcome, data, judge=not options.quick)}")
+    print(f"\n{table(outcome, data)}\n\n{notes(outcome, data, judge=not options.quick)}")
     try:
         from .plots import save_all
     except ImportError as error:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import fastmtl
 
-from .data import Dataset
+from .dataset import Dataset
 from .model import Net, multi_task_net, single_task_nets, task_losses
 from .pair_loop import pcgrad_by_pairs
 
@@ -26,9 +26,10 @@ class Settings:
     steps: int
     seed: int
     batch: int = 256
-    lr: float = 5e-3
+    lr: float = 1e-2
     probes: int = 12
     timed_turns: int = 8  # of a method that is only timed
+    single_epochs: int = 16  # at most, of the single-task nets
 
 
 class Trainer:
@@ -38,8 +39,6 @@ class Trainer:
         data: tasks and rows.
         settings: steps, seed and learning rate.
     """
-
-    shared = True  # the net has a trunk that all tasks share
 
     def __init__(self, data: Dataset, settings: Settings) -> None:
         torch.manual_seed(settings.seed)
@@ -76,21 +75,42 @@ class Trainer:
 
 
 class SingleTasks(Trainer):
-    """One small net per task."""
-
-    shared = False
+    """One small net per task. Only timed here: `yardstick.train_single_tasks` trains such nets."""
 
     def make_model(self, num_inputs: int) -> Net:
         """See `Trainer.make_model`."""
         return single_task_nets(num_inputs, self.num_tasks)
 
 
+class LossWeighting(Trainer):
+    """Loss values to one weighted sum: one backward pass."""
+
+    def __init__(
+        self, make_weighting: Callable[[Dataset, Settings], fastmtl.LossWeighting], data: Dataset, settings: Settings
+    ) -> None:
+        self.weighting = make_weighting(data, settings)
+        super().__init__(data, settings)
+
+    def method_parameters(self) -> list[dict[str, Any]]:
+        """See `Trainer.method_parameters`."""
+        learned = list(self.weighting.parameters())
+        return [{"params": learned, "weight_decay": 0.0}] if learned else []
+
+    def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
+        """See `Trainer.backward`."""
+        losses = self.losses(inputs, labels)
+        losses.retain_grad()
+        self.weighting(losses).backward()
+        assert losses.grad is not None  # it was retained
+        return losses.grad  # the derivative of the weighted sum by each loss
+
+
 class ParameterLevel(Trainer):
     """A gradient method on the T gradients of the trunk's parameters: T backward passes."""
 
-    def __init__(self, make_method: Callable[[], fastmtl.GradientMethod], data: Dataset, settings: Settings) -> None:
+    def __init__(self, make_method: Callable[[int], fastmtl.GradientMethod], data: Dataset, settings: Settings) -> None:
         super().__init__(data, settings)
-        self.method = make_method()
+        self.method = make_method(self.num_tasks)
 
     def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """See `Trainer.backward`."""
@@ -100,9 +120,6 @@ class ParameterLevel(Trainer):
 
 class LastLayerNorms(ParameterLevel):
     """GradNorm, whose paper takes the norms over the last shared layer: T short backward passes and a whole one."""
-
-    def __init__(self, data: Dataset, settings: Settings) -> None:
-        super().__init__(fastmtl.GradNorm, data, settings)
 
     def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """See `Trainer.backward`."""
@@ -114,9 +131,9 @@ class LastLayerNorms(ParameterLevel):
 class FeatureLevel(Trainer):
     """A gradient method as a layer behind the trunk: one backward pass."""
 
-    def __init__(self, make_method: Callable[[], fastmtl.GradientMethod], data: Dataset, settings: Settings) -> None:
+    def __init__(self, make_method: Callable[[int], fastmtl.GradientMethod], data: Dataset, settings: Settings) -> None:
         super().__init__(data, settings)
-        self.surgery = fastmtl.FeatureSurgery(make_method(), num_tasks=self.num_tasks)
+        self.surgery = fastmtl.FeatureSurgery(make_method(self.num_tasks), num_tasks=self.num_tasks)
 
     def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
         """See `Trainer.backward`."""
@@ -125,23 +142,6 @@ class FeatureLevel(Trainer):
         self.surgery.total(losses).backward()
         assert self.surgery.result is not None  # of the backward pass just made
         return self.surgery.result.weights
-
-
-class Uncertainty(Trainer):
-    """Loss weights that are learned with the net: one backward pass."""
-
-    def method_parameters(self) -> list[dict[str, Any]]:
-        """See `Trainer.method_parameters`."""
-        self.weighting = fastmtl.UncertaintyWeighting(num_tasks=self.num_tasks, kind="classification")
-        return [self.weighting.parameter_group()]
-
-    def backward(self, inputs: Tensor, labels: Tensor) -> Tensor:
-        """See `Trainer.backward`."""
-        losses = self.losses(inputs, labels)
-        losses.retain_grad()
-        self.weighting(losses).backward()
-        assert losses.grad is not None  # it was retained
-        return losses.grad  # the derivative of the weighted sum by each loss
 
 
 class PassesOnly(Trainer):
@@ -168,6 +168,31 @@ class PairLoop(Trainer):
         return torch.full((self.num_tasks,), math.nan)
 
 
+def uncertainty(data: Dataset, settings: Settings) -> fastmtl.LossWeighting:
+    """Makes UncertaintyWeighting for cross-entropies."""
+    return fastmtl.UncertaintyWeighting(len(data.tasks), kind="classification")
+
+
+def dwa(data: Dataset, settings: Settings) -> fastmtl.LossWeighting:
+    """Makes DWA, whose epochs are those of the training rows."""
+    return fastmtl.DWA(len(data.tasks), steps_per_epoch=max(1, len(data.train.labels) // settings.batch))
+
+
+def lbtw(data: Dataset, settings: Settings) -> fastmtl.LossWeighting:
+    """Makes LBTW."""
+    return fastmtl.LBTW(len(data.tasks))
+
+
+def htw(data: Dataset, settings: Settings) -> fastmtl.LossWeighting:
+    """Makes HTW for the main task of the data set."""
+    return fastmtl.HTW(len(data.tasks), main=data.main, total_steps=settings.steps)
+
+
+def peltr(num_tasks: int, scale_heads: bool = True) -> fastmtl.GradientMethod:
+    """Makes PE-LTR, which gives every task at least half of an equal share of the weight."""
+    return fastmtl.PELTR(lower_bounds=0.5 / num_tasks, scale_heads=scale_heads)
+
+
 @dataclass(frozen=True)
 class Entry:
     """One line of the closing table.
@@ -185,14 +210,20 @@ class Entry:
 
 METHODS = {
     "sum": Entry("summed loss", Trainer),
-    "uncertainty": Entry("UncertaintyWeighting", Uncertainty),
-    "gradnorm": Entry("GradNorm", LastLayerNorms),
-    "pcgrad": Entry("PCGrad", partial(ParameterLevel, fastmtl.PCGrad)),
-    "gradvac": Entry("GradVac", partial(ParameterLevel, fastmtl.GradVac)),
-    "mgda": Entry("MGDA", partial(ParameterLevel, fastmtl.MGDA)),
-    "pcgrad-features": Entry("PCGrad (features)", partial(FeatureLevel, fastmtl.PCGrad)),
-    "mgda-features": Entry("MGDA (features)", partial(FeatureLevel, fastmtl.MGDA)),
-    "single": Entry("one net per task", SingleTasks),
+    "uncertainty": Entry("UncertaintyWeighting", partial(LossWeighting, uncertainty)),
+    "dwa": Entry("DWA", partial(LossWeighting, dwa)),
+    "lbtw": Entry("LBTW", partial(LossWeighting, lbtw)),
+    "htw": Entry("HTW", partial(LossWeighting, htw)),
+    "gradnorm": Entry("GradNorm", partial(LastLayerNorms, lambda _: fastmtl.GradNorm())),
+    "pcgrad": Entry("PCGrad", partial(ParameterLevel, lambda _: fastmtl.PCGrad())),
+    "gradvac": Entry("GradVac", partial(ParameterLevel, lambda _: fastmtl.GradVac())),
+    "mgda": Entry("MGDA", partial(ParameterLevel, lambda _: fastmtl.MGDA())),
+    "peltr": Entry("PE-LTR", partial(ParameterLevel, peltr)),
+    "pcgrad-features": Entry("PCGrad (features)", partial(FeatureLevel, lambda _: fastmtl.PCGrad())),
+    "gradvac-features": Entry("GradVac (features)", partial(FeatureLevel, lambda _: fastmtl.GradVac())),
+    "mgda-features": Entry("MGDA (features)", partial(FeatureLevel, lambda _: fastmtl.MGDA())),
+    "peltr-features": Entry("PE-LTR (features)", partial(FeatureLevel, partial(peltr, scale_heads=False))),
+    "single": Entry("one net per task", SingleTasks, trained=False),
     "passes": Entry("T backwards, no surgery", PassesOnly, trained=False),
     "pair-loop": Entry("PCGrad (pair loop)", PairLoop, trained=False),
 }

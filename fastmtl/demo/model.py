@@ -61,18 +61,3 @@ def single_task_nets(num_inputs: int, num_tasks: int, width: int = 16) -> Net:
 def task_losses(logits: Tensor, labels: Tensor) -> Tensor:
     """Returns each task's mean binary cross-entropy [T] from logits and labels [B, T]."""
     return nn.functional.binary_cross_entropy_with_logits(logits, labels, reduction="none").mean(dim=0)
-
-
-def auc(scores: Tensor, labels: Tensor) -> Tensor:
-    """Returns each task's area under the ROC curve [T], float64, from scores and labels [N, T].
-
-    It is the share of (positive, negative) pairs that the score ranks rightly; a tie counts half.
-    """
-    result = torch.empty(scores.shape[1], dtype=torch.float64)
-    for task, (score, label) in enumerate(zip(scores.t(), labels.t(), strict=True)):
-        _, place, count = torch.unique(score, return_inverse=True, return_counts=True)
-        mean_rank = (count.cumsum(0) - (count - 1) / 2).double()[place]
-        positive = label > 0.5
-        size = positive.sum()
-        result[task] = (mean_rank[positive].sum() - size * (size + 1) / 2) / (size * (len(score) - size))
-    return result

@@ -12,9 +12,11 @@ from torch import Tensor
 
 import fastmtl
 
-from .data import Dataset
+from . import measures
+from .dataset import Dataset
 from .methods import METHODS, Settings, Trainer
-from .model import auc
+from .model import task_losses
+from .yardstick import Yardstick, steps_per_epoch, train_single_tasks
 
 BLOCK = 8  # steps that one method makes before the next has its turn
 PROBE_ROWS = 512
@@ -29,18 +31,24 @@ class Record:
         trained: False for a method that was only timed.
         turns: per turn of its own the median time of a step in seconds.
         weights: per step the tasks' weights [T].
-        cosines: per probe the cosines between the tasks' gradients of the trunk [T, T], NaN for a zero gradient.
+        gramians: per probe the inner products of the tasks' gradients of the trunk [T, T], float64.
         losses: per probe the held-out losses [T].
         auc: at the end, on the held-out rows [T].
+        log_loss: the same.
     """
 
     label: str
     trained: bool
     turns: dict[int, float] = field(default_factory=dict)
     weights: list[Tensor] = field(default_factory=list)
-    cosines: list[Tensor] = field(default_factory=list)
+    gramians: list[Tensor] = field(default_factory=list)
     losses: list[Tensor] = field(default_factory=list)
     auc: Tensor | None = None
+    log_loss: Tensor | None = None
+
+    def score(self, logits: Tensor, labels: Tensor) -> None:
+        """Takes the quality from logits and labels of the held-out rows [N, T]."""
+        self.auc, self.log_loss = measures.auc(logits, labels), task_losses(logits, labels)
 
     def step_time(self) -> float:
         """Returns the median time of a step in seconds."""
@@ -54,30 +62,48 @@ class Record:
         """Returns the tasks' mean weights over all steps [T]."""
         return torch.stack(self.weights).mean(dim=0)
 
+    def mean_over_training(self, measure: Callable[[Tensor], float]) -> float:
+        """Returns the mean of a measure of the gradients' inner products over the probes after the start."""
+        return statistics.fmean(measure(gramian) for gramian in self.gramians[1:])
+
     def conflict(self) -> float:
-        """Returns the share of task pairs with a negative cosine, over all probes."""
-        pairs = torch.stack(self.cosines)
-        upper = torch.ones(pairs.shape[1:], dtype=torch.bool).triu(1)
-        cosines = pairs[:, upper]
-        return (cosines < 0).sum().item() / (~cosines.isnan()).sum().item()
+        """Returns the share of task pairs whose gradients have a negative cosine, mean over training."""
+        return self.mean_over_training(measures.conflicting_pairs)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """All records of a run, and the steps after which the methods were probed."""
+    """All records of a run.
+
+    Attributes:
+        records: per method.
+        probe_steps: the steps after which the methods were probed: first 0, last the end of training.
+        yardstick: the single-task nets, where they were asked for.
+    """
 
     records: dict[str, Record]
     probe_steps: list[int]
+    yardstick: Yardstick | None = None
+
+    def delta_m(self, record: Record) -> tuple[float, float] | None:
+        """Returns the record's mean relative gain over the single-task nets in AUC and in log-loss."""
+        single = self.records.get("single")
+        if single is None or single.auc is None or single.log_loss is None:
+            return None
+        if record.auc is None or record.log_loss is None:
+            return None
+        return (
+            measures.delta_m(record.auc, single.auc, higher_is_better=True),
+            measures.delta_m(record.log_loss, single.log_loss, higher_is_better=False),
+        )
 
 
-def cosines(trainer: Trainer, inputs: Tensor, labels: Tensor) -> Tensor:
-    """Returns the cosines [T, T], float64, between the tasks' gradients of the trunk on a batch."""
+def gramian(trainer: Trainer, inputs: Tensor, labels: Tensor) -> Tensor:
+    """Returns the inner products [T, T], float64, of the tasks' gradients of the trunk on a batch."""
     params = list(trainer.model.trunk.parameters())
     losses = trainer.losses(inputs, labels)
     rows = [torch.autograd.grad(loss, params, retain_graph=True) for loss in losses]
-    gramian = fastmtl.ops.gram([torch.stack(grads) for grads in zip(*rows, strict=True)])[0]
-    norms = gramian.diagonal().sqrt()
-    return gramian / (norms[:, None] * norms)
+    return fastmtl.ops.gram([torch.stack(grads) for grads in zip(*rows, strict=True)])[0]
 
 
 def batches(rows: int, settings: Settings) -> Iterator[Tensor]:
@@ -89,11 +115,12 @@ def batches(rows: int, settings: Settings) -> Iterator[Tensor]:
         )
 
 
-def total_steps(settings: Settings) -> int:
-    """Returns the number of steps that ``run`` will make, by all methods together."""
+def total_steps(data: Dataset, settings: Settings) -> int:
+    """Returns the number of steps that ``run`` will make, by all methods and the single-task nets together."""
     turns = [min(BLOCK, settings.steps - start) for start in range(0, settings.steps, BLOCK)]
     timed = sum(turns[turn] for turn in spread(settings.timed_turns, len(turns)))
-    return sum(settings.steps if METHODS[name].trained else timed for name in settings.methods)
+    single = settings.single_epochs * steps_per_epoch(data, settings) if "single" in settings.methods else 0
+    return single + sum(settings.steps if METHODS[name].trained else timed for name in settings.methods)
 
 
 def spread(count: int, size: int) -> set[int]:
@@ -115,9 +142,10 @@ def run(data: Dataset, settings: Settings, advance: Callable[[int], object] = la
     trainers = {name: METHODS[name].make(data, settings) for name in settings.methods}
     records = {name: Record(METHODS[name].label, METHODS[name].trained) for name in settings.methods}
     stream = batches(len(data.train.labels), settings)
-    probe = slice(0, PROBE_ROWS)
+    generator = torch.Generator().manual_seed(settings.seed)
+    probe = torch.randperm(len(data.train.labels), generator=generator)[:PROBE_ROWS]
     starts = list(range(0, settings.steps, BLOCK))
-    probed = {starts[turn] for turn in spread(settings.probes, len(starts))}
+    probed = {starts[probe * len(starts) // settings.probes] for probe in range(settings.probes)}
     timed = spread(settings.timed_turns, len(starts))
     probe_steps: list[int] = []
 
@@ -127,8 +155,7 @@ def run(data: Dataset, settings: Settings, advance: Callable[[int], object] = la
             if METHODS[name].trained:
                 with torch.no_grad():
                     records[name].losses.append(trainer.losses(data.held_out.inputs, data.held_out.labels))
-                if trainer.shared:
-                    records[name].cosines.append(cosines(trainer, data.train.inputs[probe], data.train.labels[probe]))
+                records[name].gramians.append(gramian(trainer, data.train.inputs[probe], data.train.labels[probe]))
 
     for turn, start in enumerate(starts):
         if start in probed:
@@ -151,5 +178,9 @@ def run(data: Dataset, settings: Settings, advance: Callable[[int], object] = la
     for name, trainer in trainers.items():
         if METHODS[name].trained:
             with torch.no_grad():
-                records[name].auc = auc(trainer.model(data.held_out.inputs), data.held_out.labels)
-    return Outcome(records, probe_steps)
+                records[name].score(trainer.model(data.held_out.inputs), data.held_out.labels)
+    yardstick = None
+    if "single" in records:
+        yardstick = train_single_tasks(data, settings, advance)
+        records["single"].score(yardstick.logits, data.held_out.labels)
+    return Outcome(records, probe_steps, yardstick)

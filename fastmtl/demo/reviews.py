@@ -1,30 +1,26 @@
-"""The demo's data: clothing reviews as word vectors, and 25 things to predict about each of them.
+"""The demo's first data set: clothing reviews as word vectors, and 25 things to predict about each of them.
 
 The format, origin and licence of the file are described in ``data/README.md`` beside it.
 """
 
 from __future__ import annotations
 
-import zipfile
-import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
-from torch import Tensor
+
+from .dataset import DataError, Dataset, Task, make_split, read_arrays
 
 REVIEWS = Path(__file__).with_name("data") / "reviews.npz"
 NUM_CLASSES = 14  # classes that become tasks
-GROUPS = ("stars", "votes", "departments", "classes")
-# What NumPy and zipfile raise on a file that is not an .npz archive, is damaged, or holds pickles.
-UNSOUND = (ValueError, TypeError, AttributeError, EOFError, RuntimeError, SyntaxError, zipfile.BadZipFile, zlib.error)
+GROUPS = {
+    "stars": "stars and recommendation",
+    "votes": "helpful votes",
+    "departments": "departments",
+    "classes": "classes",
+}
 COLUMNS = ("length", "age", "rating", "recommended", "helpful", "department", "class")  # one value per review
-
-
-class DataError(ValueError):
-    """The data file is missing, unreadable, or not what the demo expects."""
 
 
 @dataclass(frozen=True)
@@ -50,42 +46,9 @@ class Reviews:
         return [self.words[index] for index in self.documents[review]]
 
 
-@dataclass(frozen=True)
-class Task:
-    """One binary task: its name and its group in the closing table."""
-
-    name: str
-    group: str
-
-
-@dataclass(frozen=True)
-class Split:
-    """One part of the rows: inputs [N, words + 1] and labels [N, T], both float32."""
-
-    inputs: Tensor
-    labels: Tensor
-
-
-@dataclass(frozen=True)
-class Dataset:
-    """Tasks with their training rows and held-out rows."""
-
-    tasks: list[Task]
-    train: Split
-    held_out: Split
-
-
-def load_reviews(path: Path = REVIEWS) -> Reviews:
+def load(path: Path = REVIEWS) -> Reviews:
     """Reads and checks a reviews file. Raises DataError, with the cause in one line, if it is not sound."""
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in (*COLUMNS, "words", "delta", "departments", "classes")}
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
-    except KeyError as error:
-        raise DataError(f"{path} is not a reviews file: {str(error).strip(chr(39))}") from error
-    except UNSOUND as error:
-        raise DataError(f"{path} is not a reviews file in .npz format, or it is damaged") from error
+    arrays = read_arrays(path, (*COLUMNS, "words", "delta", "departments", "classes"), "reviews")
     problem = find_problem(arrays)
     if problem:
         raise DataError(f"{path} is not a sound reviews file: {problem}")
@@ -165,26 +128,23 @@ def make_inputs(reviews: Reviews, train: np.ndarray) -> np.ndarray:
     return inputs
 
 
-def make_dataset(reviews: Reviews, seed: int, held_out: float = 0.2) -> Dataset:
-    """Splits the reviews at random (NumPy's generator, ``seed``) and makes inputs and labels.
+def make_dataset(reviews: Reviews, seed: int) -> Dataset:
+    """Splits the reviews at random and makes inputs and labels.
+
+    A fifth is held out, a tenth is for validation.
 
     Args:
-        reviews: what ``load_reviews`` returned.
-        seed: decides which reviews are held out.
-        held_out: the share of reviews that no method sees in training.
+        reviews: what ``load`` returned.
+        seed: of the split (NumPy's generator).
 
     Raises:
-        DataError: a task has no positive or no negative review on one side of the split.
+        DataError: a task has no positive or no negative review in a part.
     """
-    order = np.random.default_rng(seed).permutation(len(reviews.documents))
-    size = round(len(order) * held_out)
-    parts: Sequence[np.ndarray] = (order[size:], order[:size])
+    rows = len(reviews.documents)
+    order = np.random.default_rng(seed).permutation(rows)
+    held_out, validation, train = np.split(order, [round(0.2 * rows), round(0.3 * rows)])
     tasks, labels = make_labels(reviews)
-    for part in parts:
-        positives = labels[part].sum(axis=0)
-        for task, count in zip(tasks, positives, strict=True):
-            if count in (0, len(part)):
-                raise DataError(f"task {task.name!r}: {count} of {len(part)} reviews are positive, so it has no AUC")
-    inputs = make_inputs(reviews, parts[0])
-    train, test = (Split(torch.from_numpy(inputs[p]), torch.from_numpy(labels[p].astype(np.float32))) for p in parts)
-    return Dataset(tasks, train, test)
+    inputs = make_inputs(reviews, train)
+    parts = [make_split(inputs[part], labels[part], tasks, "reviews") for part in (train, validation, held_out)]
+    main = tasks.index(Task("recommended", "stars"))
+    return Dataset("clothing reviews", "reviews", "", GROUPS, tasks, main, 420, 1e-2, *parts)
