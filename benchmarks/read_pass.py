@@ -1,8 +1,9 @@
-"""The time of a plain read of the gradients: what every kernel is compared with."""
+"""The floors that kernels are compared with: a plain read of the gradients, and multiply-adds on registers alone."""
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import os
 import subprocess
 import tempfile
@@ -27,34 +28,38 @@ def read_passes(data: Tensor) -> dict[str, Callable[[], object]]:
         "read: torch.sum": flat.sum,
         "read: torch.dot": lambda: torch.dot(flat, flat),
     }
-    kernel = _compiled()
-    if kernel is not None:
+    library = _compiled()
+    if library is not None:
         threads = torch.get_num_threads()
-        passes[PLAIN] = lambda: kernel(data.data_ptr(), flat.numel(), threads, 1)
-        passes["read: C++, 8 streams"] = lambda: kernel(data.data_ptr(), flat.numel(), threads, 8)
+        passes[PLAIN] = lambda: library.read_pass(data.data_ptr(), flat.numel(), threads, 1)
+        passes["read: C++, 8 streams"] = lambda: library.read_pass(data.data_ptr(), flat.numel(), threads, 8)
     return passes
 
 
-_kernels: list[Callable[[int, int, int, int], float] | None] = []
+def multiply_adds(count: int, capability: str) -> dict[str, Callable[[], object]]:
+    """The provider of `count` float32 multiply-adds, or none where they cannot be compiled or run."""
+    library, vector_bytes = _compiled(), {"avx512": 64, "avx2": 32}.get(capability)
+    if library is None or vector_bytes is None or not hasattr(library, "multiply_adds"):
+        return {}
+    threads = torch.get_num_threads()
+    return {f"multiply-adds alone, {capability}": lambda: library.multiply_adds(count, threads, vector_bytes)}
 
 
-def _compiled() -> Callable[[int, int, int, int], float] | None:
-    """The function of ``read_pass.cpp``, compiled once per process."""
-    if not _kernels:
-        _kernels.append(_compile())
-    return _kernels[0]
-
-
-def _compile() -> Callable[[int, int, int, int], float] | None:
+@functools.cache
+def _compiled() -> ctypes.CDLL | None:
+    """The functions of ``read_pass.cpp``."""
     source = Path(__file__).with_suffix(".cpp")
     with tempfile.TemporaryDirectory() as folder:
-        library = Path(folder) / "read_pass.so"
+        path = Path(folder) / "read_pass.so"
         try:
-            subprocess.run([os.environ.get("CXX", "c++"), *COMMAND, str(source), "-o", str(library)], check=True)
+            subprocess.run([os.environ.get("CXX", "c++"), *COMMAND, str(source), "-o", str(path)], check=True)
         except (OSError, subprocess.CalledProcessError) as error:
-            print(f"no C++ read pass ({error}): the yardstick is torch.sum")
+            print(f"no C++ floors ({error}): the yardstick is torch.sum")
             return None
-        function = ctypes.CDLL(str(library)).read_pass
-    function.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
-    function.restype = ctypes.c_float
-    return function  # type: ignore[no-any-return]
+        library = ctypes.CDLL(str(path))
+    library.read_pass.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+    library.read_pass.restype = ctypes.c_float
+    if hasattr(library, "multiply_adds"):
+        library.multiply_adds.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
+        library.multiply_adds.restype = ctypes.c_float
+    return library

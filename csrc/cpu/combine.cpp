@@ -82,9 +82,9 @@ void combine_cpu(const Rows& rows, const double* weights, void* const* out, bool
   if (columns == 0) return;
   const bool stream = !accumulate && bytes > kStreamBytes;
 
-  // About half a million elements a job, and one where threads would cost more than they bring.
+  // About half a million elements a job, but four or more, and one where threads would cost more than they bring.
   const int64_t work = columns * (rows.num_tasks + 1);
-  const int64_t jobs = work < (int64_t{1} << 20) ? 1 : std::min<int64_t>(work >> 19, 1024);
+  const int64_t jobs = work < kParallelWork ? 1 : std::clamp<int64_t>(work >> 19, 4, 1024);
   const std::vector<Cut> cuts = partition(rows, order, jobs);
   const int64_t num_workers = std::min<int64_t>(jobs, num_threads());
   std::vector<Terms> workers(num_workers, Terms(rows.num_tasks));

@@ -4,7 +4,7 @@ FASTMTL_INLINE VecF broadcast(float x) { return VecF{} + x; }
 FASTMTL_INLINE VecD broadcast(double x) { return VecD{} + x; }
 
 // So short visits to each row defeat the hardware's prefetcher. Reaching beyond the row's end does no harm.
-constexpr int kPrefetchBytes = 2048;
+constexpr int kPrefetchBytes = 1024;
 
 // One block of N vectors: all rows pass through the same N accumulators.
 template <class E, int N, bool Stream>
@@ -56,7 +56,7 @@ FASTMTL_INLINE void combine_few(const CombineCall& call, int64_t begin, int64_t 
 
 template <class E>
 void combine_columns(const CombineCall& call) {
-  constexpr int kVectors = kVectorBytes == 64 && sizeof(E) == 2 ? 16 : 8;
+  constexpr int kVectors = kVectorBytes == 64 ? 16 : 8;  // half of the registers
   constexpr int64_t kBlock = kVectors * kLanes<E>;
   int64_t column = call.begin;
   if (call.stream) {

@@ -5,10 +5,12 @@
 //
 // The columns of all parameters, ordered by group, are cut into jobs. A job takes its columns in chunks that stay in
 // the caches and fills the lower triangle tile by tile, each tile a block of dot products held in registers. Chunks are
-// read where they lie, except what is shorter than a chunk (small parameters, ends), 16-bit rows if there are many
-// (they would be widened once per tile), and very many rows (one page each: too many for the TLB): these are collected,
-// widened, in a panel of one chunk. The first job of a group writes into M itself, each later one into a partial sum of
-// its own; these are added in order.
+// read where they lie, except what is shorter than a chunk (small parameters, ends), and 16-bit rows if there are many
+// (they would be widened once per tile): these are collected, widened, in a panel of one chunk. The first job of a
+// group writes into M itself, each later one into a partial sum of its own; these are added in order.
+//
+// Few rows are bound by memory: up to 8, short chunks are near enough to reading all rows abreast for the hardware to
+// prefetch them; beyond that, the tiles prefetch the next chunk.
 #include <algorithm>
 #include <cstdint>
 #include <memory>
@@ -24,12 +26,19 @@ namespace {
 
 constexpr int kMaxBlock = 5;
 
+// What a tile prefetches: n elements of `element` bytes each from two places, n being its number of columns.
+struct Ahead {
+  const char* place[2];
+  int64_t element;
+};
+
 // The kernels of gram_kernels.h for one element type, with blocks of `block` rows.
 struct TileSet {
   int block;
   int sums;  // doubles that a tile adds to
-  void (*tile[kMaxBlock])(const void* const* a, const void* const* b, int64_t n, double* out);  // [rows of a - 1]
-  void (*triangle[kMaxBlock])(const void* const* a, int64_t n, double* out);                    // [rows of a - 1]
+  // By the number of rows of a, less 1.
+  void (*tile[kMaxBlock])(const void* const* a, const void* const* b, int64_t n, Ahead, double* out);
+  void (*triangle[kMaxBlock])(const void* const* a, int64_t n, Ahead, double* out);
 };
 
 struct GramKernels {
@@ -56,10 +65,15 @@ const GramKernels& gram_kernels() {
   return portable::kGramKernels;
 }
 
-constexpr int kSmallRows = 8;               // up to here all types are read where they lie
-constexpr int kPanelRows = 100;             // from here on nothing is
-constexpr int64_t kSmallChunkBytes = 2048;  // of one row, as fp32 or fp64
-constexpr int64_t kLargeChunkBytes = 1024;
+constexpr int kSmallRows = 16;   // up to here small blocks, and 16-bit rows are read where they lie
+constexpr int kAbreastRows = 8;  // up to here the hardware prefetches
+
+// Bytes of one row, as fp32 or fp64. Short chunks lose time where the lanes are summed; long ones leave the caches, and
+// their sums lose accuracy.
+constexpr int64_t kMaxChunkBytes = 2048;
+constexpr int64_t chunk_bytes(int num_rows) {
+  return num_rows <= 4 || num_rows > kSmallRows ? kMaxChunkBytes : num_rows <= kAbreastRows ? 512 : 768;
+}
 
 // Uninitialized memory that begins at a cache line.
 template <class T>
@@ -91,8 +105,7 @@ class RangeGramian {
         num_tasks_(num_tasks),
         sums_(std::max(sums_needed(kernels.small[0], std::min(num_tasks, kSmallRows)),
                        sums_needed(kernels.large[0], num_tasks))),
-        panel_(std::max(std::min(num_tasks, kSmallRows) * panel_stride(kSmallChunkBytes),
-                        num_tasks * panel_stride(kLargeChunkBytes))),
+        panel_(num_tasks * panel_stride(kMaxChunkBytes)),
         rows_(3 * num_tasks) {
     tasks_.reserve(num_tasks);
     present_.reserve(num_tasks);
@@ -127,15 +140,14 @@ class RangeGramian {
   const TileSet& tiles(Scalar type) const { return (is_small() ? kernels_.small : kernels_.large)[int(type)]; }
   Scalar panel_type() const { return is_double_ ? Scalar::f64 : Scalar::f32; }
   int64_t panel_element() const { return element_size(panel_type()); }
-  int64_t chunk_bytes() const { return is_small() ? kSmallChunkBytes : kLargeChunkBytes; }
-  unsigned char* panel_row(int r) { return panel_.get() + r * panel_stride(chunk_bytes()); }
+  char* panel_row(int r) { return panel_.get() + r * panel_stride(chunk_bytes(num_rows())); }
 
   // Begins sums over the rows `present_`.
   void start(bool is_double, double* out) {
     tasks_ = present_;
     is_double_ = is_double;
     out_ = out;
-    chunk_ = chunk_bytes() / panel_element();
+    chunk_ = chunk_bytes(num_rows()) / panel_element();
     std::fill_n(sums_.get(), sums_needed(tiles(panel_type()), num_rows()), 0.0);
   }
 
@@ -144,15 +156,13 @@ class RangeGramian {
     const int64_t size = element_size(parameter.type);
     const void** rows = rows_.data();
     auto seek = [&](int64_t column) {
-      for (int r = 0; r < n; ++r)
-        rows[r] = static_cast<const unsigned char*>(parameter.rows[tasks_[r]]) + column * size;
+      for (int r = 0; r < n; ++r) rows[r] = static_cast<const char*>(parameter.rows[tasks_[r]]) + column * size;
     };
     int64_t column = begin;
-    if (is_small() || (size >= 4 && n < kPanelRows)) {
+    if (size >= 4 || is_small()) {
       for (; end - column >= chunk_; column += chunk_) {
         seek(column);
-        ahead_ = std::min(chunk_, end - column - chunk_) * size;
-        multiply(tiles(parameter.type), rows, chunk_, chunk_ * size);
+        multiply(tiles(parameter.type), rows, chunk_, next_chunk(parameter, column + chunk_, chunk_));
       }
     }
     while (column < end) {
@@ -163,49 +173,58 @@ class RangeGramian {
       }
       column += taken;
       filled_ += taken;
-      ahead_ = std::min(chunk_, end - column) * size;
-      if (filled_ == chunk_) multiply_panel(taken * size);
+      if (filled_ == chunk_) multiply_panel(next_chunk(parameter, column, taken));
     }
   }
 
+  // What to prefetch of the rows that rows_ points to.
+  struct Next {
+    int64_t offset;   // in bytes
+    int64_t element;  // its size; 0: nothing to prefetch
+  };
+
+  // The chunk at `column`, which is `offset` elements on from where rows_ points to. Also beyond the end of the job:
+  // mostly, the next one is there.
+  Next next_chunk(const Parameter& parameter, int64_t column, int64_t offset) const {
+    const int64_t size = element_size(parameter.type);
+    return {offset * size, num_rows() > kAbreastRows && column < parameter.size ? size : 0};
+  }
+
   // Multiplies what the panel holds, and empties it.
-  void multiply_panel(int64_t ahead_offset = 0) {
+  void multiply_panel(Next next = {0, 0}) {
     const void** rows = rows_.data() + num_tasks_;
     const int64_t lanes = kernels_.lanes;
     const int64_t padded = (filled_ + lanes - 1) / lanes * lanes;
     for (int r = 0; r < num_rows(); ++r) {
       rows[r] = panel_row(r);
-      std::fill_n(panel_row(r) + filled_ * panel_element(), (padded - filled_) * panel_element(), 0);
+      std::fill_n(panel_row(r) + filled_ * panel_element(), (padded - filled_) * panel_element(), char{0});
     }
-    multiply(tiles(panel_type()), rows, padded, ahead_offset);
+    multiply(tiles(panel_type()), rows, padded, next);
     filled_ = 0;
   }
 
-  // Adds the products of n columns of `rows` to sums_. Between tiles, spreads prefetches of what the rows in rows_ hold
-  // next: `ahead_` bytes each, at ahead_offset from where they point.
-  void multiply(const TileSet& set, const void* const* rows, int64_t n, int64_t ahead_offset) {
+  // Adds the products of n columns of `rows` to sums_; each tile prefetches its share of what comes next.
+  void multiply(const TileSet& set, const void* const* rows, int64_t n, Next next) {
     const int num = num_rows(), block = set.block;
     const int64_t blocks = (num + block - 1) / block, tiles = blocks * (blocks + 1) / 2;
-    const int64_t lines = is_small() ? 0 : (ahead_ + 63) / 64;  // few rows: the hardware does as well
-    const int64_t total = num * lines;
     int64_t tile = 0, fetched = 0;
-    auto fetch = [&] {
-      const int64_t share = total * ++tile / tiles;
-      while (fetched < share) {
-        const int64_t row = fetched / lines, stop = std::min(share, (row + 1) * lines);
-        const auto* line = static_cast<const unsigned char*>(rows_[row]) + ahead_offset + (fetched - row * lines) * 64;
-        for (; fetched < stop; ++fetched, line += 64) __builtin_prefetch(line, 0, 2);
+    auto look_ahead = [&](int i) {
+      const auto* here = static_cast<const char*>(rows[i]);  // in the cache: where there is no more to prefetch
+      Ahead ahead = {{here, here}, next.element};
+      if (next.element == 0) return ahead;
+      const int64_t share = num * ++tile / tiles;
+      for (const char*& place : ahead.place) {
+        if (fetched < share) place = static_cast<const char*>(rows_[fetched++]) + next.offset;
       }
+      return ahead;
     };
     double* sums = sums_.get();
     for (int i = 0; i < num; i += block) {
       const int height = std::min(block, num - i);
       for (int j = 0; j < i; j += block, sums += set.sums) {
-        fetch();
-        set.tile[height - 1](rows + i, rows + j, n, sums);
+        set.tile[height - 1](rows + i, rows + j, n, look_ahead(i), sums);
       }
-      fetch();
-      set.triangle[height - 1](rows + i, n, sums);
+      set.triangle[height - 1](rows + i, n, look_ahead(i), sums);
       sums += set.sums;
     }
   }
@@ -227,10 +246,10 @@ class RangeGramian {
 
   const GramKernels& kernels_;
   const int64_t num_tasks_;
-  CacheAligned<double> sums_;          // the tiles one after the other
-  CacheAligned<unsigned char> panel_;  // a row of one chunk for every task
-  std::vector<const void*> rows_;      // scratch: pointers to the rows, and to the panel's rows
-  std::vector<int> present_;           // scratch: the tasks that reach a parameter
+  CacheAligned<double> sums_;      // the tiles one after the other
+  CacheAligned<char> panel_;       // a row of one chunk for every task
+  std::vector<const void*> rows_;  // scratch: pointers to the rows, and to the panel's rows
+  std::vector<int> present_;       // scratch: the tasks that reach a parameter
 
   // The sums under way: of which tasks, in which type, for whom, and the columns that wait in the panel.
   std::vector<int> tasks_;
@@ -238,7 +257,6 @@ class RangeGramian {
   double* out_ = nullptr;
   int64_t chunk_ = 0;
   int64_t filled_ = 0;
-  int64_t ahead_ = 0;
 };
 
 // Parameter indices, ordered by group.
@@ -253,18 +271,18 @@ std::vector<int64_t> order_by_group(const Rows& rows) {
   return order;
 }
 
-// One job where threads would cost more than they bring. Else about half a million elements each (fewer if T is large
-// and they cost more), but 8,192 columns or more (a job's first chunk is not prefetched), and so few jobs that their
-// partial sums stay small beside the rows.
+// One job where threads would cost more than they bring. Else about a million elements each (fewer if T is large and
+// they cost more), but 8 or more, if that leaves 8,192 columns, and so few that their partial sums stay small beside
+// the rows.
 int64_t count_jobs(const Rows& rows) {
   int64_t columns = 0;
   for (int64_t p = 0; p < rows.num_params; ++p) columns += rows.params[p].size;
   const int64_t tasks = rows.num_tasks;
   const int64_t work = columns * tasks * std::max<int64_t>(tasks / 16, 1);
-  if (work < (int64_t{2} << 20)) return 1;
+  if (work < kParallelWork) return 1;
   const int64_t matrices = std::min<int64_t>(16, (int64_t{4} << 20) / (tasks * tasks));
   const int64_t affordable = std::max({columns / (128 * tasks), matrices, int64_t{1}});
-  return std::min({work >> 19, std::max(columns >> 13, int64_t{4}), affordable, int64_t{256}});
+  return std::min({std::max<int64_t>(work >> 20, 8), std::max(columns >> 13, int64_t{4}), affordable, int64_t{256}});
 }
 
 }  // namespace

@@ -3,6 +3,9 @@
 // tile: R x C dot products over n columns (a few hundred that lie in L1 or L2), one vector accumulator in a register
 // for each. At the end the accumulators' lanes are summed, many at a time, and added to fp64 sums in memory; so a lane
 // never adds more than n / lanes terms in fp32.
+//
+// While it computes, a tile prefetches: spread evenly like this, requests to memory neither pause nor pile up before
+// what the tile itself loads.
 
 // Sums of neighbouring lanes: a0+a1, a2+a3, .., b0+b1, ..
 template <class V, int... I>
@@ -37,9 +40,18 @@ FASTMTL_INLINE void add_lane_sums(const Vec<A>* acc, double* out) {
   }
 }
 
+// Prefetches the elements that go with one vector of the tile.
+template <class E>
+FASTMTL_INLINE void fetch(Ahead& ahead) {
+  for (const char*& place : ahead.place) {
+    __builtin_prefetch(place);
+    place += kLanes<E> * ahead.element;
+  }
+}
+
 // out[r * C + c] += sum_k a[r][k] * b[c][k] over k < n, where n is a multiple of the lanes.
 template <class E, int R, int C>
-void tile(const void* const* a, const void* const* b, int64_t n, double* out) {
+void tile(const void* const* a, const void* const* b, int64_t n, Ahead ahead, double* out) {
   Vec<E> acc[R * C];
   const E* x[R];
   const E* y[C];
@@ -50,6 +62,7 @@ void tile(const void* const* a, const void* const* b, int64_t n, double* out) {
 #pragma GCC unroll 16
   for (int c = 0; c < C; ++c) y[c] = static_cast<const E*>(b[c]);
   for (int64_t k = 0; k < n; k += kLanes<E>) {
+    if (ahead.element) fetch<E>(ahead);
     Vec<E> column[C];
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) column[c] = load(y[c] + k);
@@ -65,7 +78,7 @@ void tile(const void* const* a, const void* const* b, int64_t n, double* out) {
 
 // The same for b = a: the lower triangle only, packed by rows.
 template <class E, int R>
-void triangle(const void* const* a, int64_t n, double* out) {
+void triangle(const void* const* a, int64_t n, Ahead ahead, double* out) {
   Vec<E> acc[R * (R + 1) / 2];
   const E* x[R];
 #pragma GCC unroll 64
@@ -73,6 +86,7 @@ void triangle(const void* const* a, int64_t n, double* out) {
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) x[r] = static_cast<const E*>(a[r]);
   for (int64_t k = 0; k < n; k += kLanes<E>) {
+    if (ahead.element) fetch<E>(ahead);
     Vec<E> row[R];
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r) {
@@ -96,7 +110,7 @@ void widen(const void* from, int64_t n, void* to) {
 
 // The largest squares of accumulators whose operands still fit into the registers.
 constexpr int kBlock = kVectorBytes == 64 ? 5 : 3;       // 25 + 5 + 1 of 32; 9 + 3 + 1 of 16
-constexpr int kSmallBlock = kVectorBytes == 64 ? 4 : 3;  // two blocks for 8 rows
+constexpr int kSmallBlock = kVectorBytes == 64 ? 4 : 3;  // 8 and 16 rows without a remainder
 
 template <class E, int B, int... I>
 constexpr TileSet tile_set(std::integer_sequence<int, I...>) {

@@ -11,6 +11,9 @@
 
 namespace fastmtl {
 
+// Elements from which on it pays to wake threads: some tens of microseconds of one thread's work.
+constexpr int64_t kParallelWork = int64_t{1} << 19;
+
 // A place between two columns: before element `column` of the parameter order[index].
 struct Cut {
   int64_t index;
@@ -39,17 +42,22 @@ inline std::vector<Cut> partition(const Rows& rows, const std::vector<int64_t>& 
   return cuts;
 }
 
-// Runs job(worker, j) for all j < jobs. A worker is never in two jobs at once, so it can own scratch memory; jobs go to
-// whichever worker is free. `workers` is at most num_threads(); one worker runs on the calling thread.
+// Runs job(worker, j) for all j < jobs. A worker is never in two jobs at once, so it can own scratch memory. Each takes
+// the jobs of a range of its own in order, so that the columns follow one another, and then what is left of the
+// others'. `workers` is at most num_threads(); one worker runs on the calling thread.
 template <class Job>
 void run_jobs(int64_t workers, int64_t jobs, const Job& job) {
   if (workers <= 1) {
     for (int64_t j = 0; j < jobs; ++j) job(0, j);
     return;
   }
-  std::atomic<int64_t> next{0};
+  std::vector<std::atomic<int64_t>> next(workers);
+  for (int64_t w = 0; w < workers; ++w) next[w] = jobs * w / workers;
   parallel_for(workers, [&](int64_t worker) {
-    for (int64_t j = next++; j < jobs; j = next++) job(worker, j);
+    for (int64_t w = worker; w < worker + workers; ++w) {
+      const int64_t owner = w % workers, stop = jobs * (owner + 1) / workers;
+      for (int64_t j = next[owner]++; j < stop; j = next[owner]++) job(worker, j);
+    }
   });
 }
 
