@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import ops
-from fastmtl.engine import Method, check_method, decide, scale_of, unscaled
+from fastmtl.engine import Method, check_method, decide, restored_on_error, scale_of, unscaled
 from fastmtl.losses import Losses, LossesLike, numbered, parse_losses, spread, stack_scalars
 from fastmtl.result import Result
 from fastmtl.rows import Rows
@@ -68,15 +68,16 @@ class _Surgery(torch.autograd.Function):
         gramian = ops.gram(rows)
         if torch.compiler.is_compiling():
             weights = torch.ops.fastmtl.layer_weights(gramian, ctx.number)
-        else:
-            if ctx.used:
-                raise RuntimeError(
-                    "FeatureSurgery: a second backward pass through one forward pass; all losses must reach the layer "
-                    "in one: surgery.total(losses).backward()"
-                )
-            ctx.used = True
-            weights = ctx.layer._weigh(gramian)
-        return None, None, ops.combine(rows, weights)[0]
+            return None, None, ops.combine(rows, weights)[0]
+        if ctx.used:
+            raise RuntimeError(
+                "FeatureSurgery: a second backward pass through one forward pass; all losses must reach the layer "
+                "in one: surgery.total(losses).backward()"
+            )
+        ctx.used = True
+        with restored_on_error(ctx.layer.method):
+            weights = ctx.layer._weigh(gramian, rows.mask())
+            return None, None, ops.combine(rows, weights)[0]
 
 
 class FeatureSurgery(nn.Module):
@@ -86,6 +87,9 @@ class FeatureSurgery(nn.Module):
     ``backward()`` the T gradients that arrive at the features are combined by the method, flattened over the whole
     batch, and one gradient goes on into the trunk. With `MGDA` this is MGDA-UB. Heads get their plain gradients. A loss
     weighting as the method weighs the losses themselves, heads included.
+
+    A task is absent from a step if its loss is None in `total`, or does not depend on its copy of the features. Compiled
+    graphs deliver zeros in the latter case, and zero is not absent: there, pass None.
 
     In ``eval()`` mode, without gradients, and on features that need none, the layer is the identity, state does not
     move, and the T outputs are the same tensor: do not change one in place. (In training that raises.)
@@ -205,7 +209,8 @@ class FeatureSurgery(nn.Module):
             self._has_losses, self._all_present = True, all_present
         return values.sum()
 
-    def _weigh(self, gramian: Tensor) -> Tensor:
+    def _weigh(self, gramian: Tensor, reached: Tensor | None = None) -> Tensor:
+        """``weights [1, T]``; ``reached``: bool ``[1, T]``: whose gradient arrived; None: not known, or all."""
         assert not isinstance(self.method, LossWeighting)
         losses = None
         if self.method.needs_losses or self.nonfinite != "propagate":
@@ -215,7 +220,10 @@ class FeatureSurgery(nn.Module):
                 name = type(self.method).__name__
                 raise ValueError(f"{name} needs the losses: call surgery.total(losses).backward()")
         raw = unscaled(gramian, scale_of(self.scaler, gramian.device))
-        mask = None if self._all_present else self.present.unsqueeze(0)
+        mask = reached
+        if not self._all_present:
+            declared = self.present.unsqueeze(0)
+            mask = declared if reached is None else declared & reached
         weights = decide(self.method, raw, mask, losses, self._names, self.nonfinite).weights
         self.result = Result(None, weights[0], raw[0])
         return weights

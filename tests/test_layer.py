@@ -120,6 +120,44 @@ def test_absent_tasks() -> None:
         assert name == "MGDA" or (weights[:2] != 0).all()
 
 
+@pytest.mark.parametrize("declared", [True, False])
+def test_a_task_whose_loss_misses_the_features_is_absent(declared: bool) -> None:
+    """Not a zero gradient, which would take all of MGDA's weight and stop the trunk."""
+    torch.manual_seed(0)
+    features = torch.randn(4, 3, requires_grad=True)
+    elsewhere = torch.ones((), requires_grad=True)
+    surgery = fastmtl.FeatureSurgery(fastmtl.MGDA(), num_tasks=3)
+    z = surgery(features)
+    losses = [(z[0] ** 2).sum(), z[1].sum(), elsewhere * 1]
+    (surgery.total(losses) if declared else sum(losses)).backward()
+    rows = torch.stack([2 * features.detach(), torch.ones(4, 3)]).flatten(1)
+    alone = fastmtl.aggregate(rows, fastmtl.MGDA())
+    torch.testing.assert_close(surgery.result.weights, torch.cat([alone.weights, torch.zeros(1)]))
+    torch.testing.assert_close(features.grad.flatten(), alone.grads)
+    assert features.grad.norm() > 0.1
+
+
+def test_a_forward_pass_in_between_does_not_bring_an_absent_task_back() -> None:
+    net = LayerNet(fastmtl.MGDA())
+    a, _, c = net.losses(inputs())
+    total = net.surgery.total([a, None, c])
+    net.losses(inputs())
+    total.backward()
+    assert net.surgery.result.weights[1] == 0
+
+
+def test_an_error_in_backward_leaves_the_state_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise MemoryError
+
+    net = LayerNet(GradNorm(scale_heads=False))
+    net(inputs()).backward()
+    total = net(inputs())
+    monkeypatch.setattr("fastmtl.ops.combine", fail)
+    with assert_untouched(net.surgery), pytest.raises(MemoryError):
+        total.backward()
+
+
 def test_a_single_task() -> None:
     surgery = FeatureSurgery(PCGrad(), num_tasks=1)
     z = torch.randn(3, requires_grad=True)
