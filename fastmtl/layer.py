@@ -88,8 +88,8 @@ class FeatureSurgery(nn.Module):
     batch, and one gradient goes on into the trunk. With `MGDA` this is MGDA-UB. Heads get their plain gradients. A loss
     weighting as the method weighs the losses themselves, heads included.
 
-    A task is absent from a step if its loss is None in `total`, or does not depend on its copy of the features. Compiled
-    graphs deliver zeros in the latter case, and zero is not absent: there, pass None.
+    A task is absent from a step if its loss is None in `total`, or does not depend on its copy of the features. In
+    compiled graphs zeros arrive in the latter case, and zero is not absent: there, pass None.
 
     In ``eval()`` mode, without gradients, and on features that need none, the layer is the identity, state does not
     move, and the T outputs are the same tensor: do not change one in place. (In training that raises.)
