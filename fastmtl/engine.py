@@ -164,6 +164,8 @@ def decide(
         raise ValueError(
             f"{type(method).__name__}: scale_heads needs one group, found {gramian.shape[0]}; drop groups="
         )
+    if losses is not None and method.positional:
+        method.remember(names)
     values = None
     if losses is not None and (method.needs_losses or nonfinite != "propagate"):
         values = losses.values().to(gramian.device)
@@ -223,6 +225,7 @@ def weighed_losses(method: LossWeighting, losses: Losses | None, scale: Tensor |
     """
     if losses is None:
         raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
+    method.remember(losses.names)
     with restored_on_error(method):
         total, weights = method.slopes(losses.items)
         yield weights
@@ -286,7 +289,7 @@ def refuse_unsupported(params: Sequence[Tensor], grads: Sequence[Tensor | None],
             continue
         name = names.get(id(p), f"a parameter of shape {list(p.shape)}")
         if g.layout is not torch.strided:
-            raise TypeError(f"{name}: sparse gradients are not supported; construct the embedding with sparse=False")
+            raise TypeError(f"{name}: sparse gradients are not supported here; use FeatureSurgery, or sparse=False")
         if g.is_complex():
             raise TypeError(f"{name}: complex gradients are not supported")
         if hasattr(g, "full_tensor"):

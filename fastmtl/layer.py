@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import warnings
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -11,11 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import ops
+from fastmtl.checks import whole
 from fastmtl.engine import Method, check_method, decide, restored_on_error, scale_of, unscaled
 from fastmtl.losses import Losses, LossesLike, numbered, parse_losses, spread, stack_scalars
 from fastmtl.result import Result
 from fastmtl.rows import Rows
 from fastmtl.weighting.base import LossWeighting
+
+IDLE_CALLS = 10
 
 # Compiled graphs cannot hold a Python object: an opaque operator finds the layer by number instead.
 _layers: weakref.WeakValueDictionary[int, FeatureSurgery] = weakref.WeakValueDictionary()
@@ -102,6 +106,7 @@ class FeatureSurgery(nn.Module):
 
     Attributes:
         result: `Result` of the last backward pass (``weights [T]``, ``gramian [T, T]`` over the features), or None.
+            With a loss weighting, of the last `total`.
 
     Raises:
         TypeError: ``method`` is not one.
@@ -132,8 +137,7 @@ class FeatureSurgery(nn.Module):
     def __init__(self, method: Method, num_tasks: int, *, scaler: Any = None, nonfinite: str = "propagate") -> None:
         super().__init__()
         check_method(method)
-        if num_tasks < 1:
-            raise ValueError(f"num_tasks: expected at least 1, found {num_tasks}")
+        num_tasks = whole("num_tasks", num_tasks, 1)
         if isinstance(method, LossWeighting) and method.num_tasks not in (None, num_tasks):
             raise ValueError(f"num_tasks: {type(method).__name__} is for {method.num_tasks} tasks, found {num_tasks}")
         if nonfinite not in ("propagate", "drop_task"):
@@ -155,6 +159,7 @@ class FeatureSurgery(nn.Module):
         self._names = numbered(num_tasks)
         self._has_losses = False
         self._all_present = True
+        self._idle = 0  # forward passes since the layer last did something
         self._register()
 
     def forward(self, features: Tensor) -> tuple[Tensor, ...]:
@@ -168,8 +173,10 @@ class FeatureSurgery(nn.Module):
         """
         if not isinstance(features, Tensor):
             raise TypeError(f"features: expected a tensor, found {type(features).__name__}")
-        identity = not (self.training and torch.is_grad_enabled() and features.requires_grad)
-        if identity or isinstance(self.method, LossWeighting):
+        if not (self.training and torch.is_grad_enabled() and features.requires_grad):
+            return (features,) * self.num_tasks
+        self._watch()
+        if isinstance(self.method, LossWeighting):
             return (features,) * self.num_tasks
         # A new step, whose losses are still to come; unless activation checkpointing repeats this one within backward.
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
@@ -191,10 +198,18 @@ class FeatureSurgery(nn.Module):
             TypeError, ValueError: As for `fastmtl.backward`.
         """
         if isinstance(self.method, LossWeighting):
-            return self.method(losses)  # type: ignore[no-any-return]
+            total: Tensor = self.method(losses)
+            if not torch.compiler.is_compiling():
+                self._idle = 0
+                self.result = None if self.method.weights is None else Result(None, self.method.weights, None)
+            return total
         parsed = parse_losses(losses, differentiable=False)
         if len(parsed) != self.num_tasks:
             raise ValueError(f"losses: expected {self.num_tasks} tasks, found {len(parsed)}")
+        if not torch.compiler.is_compiling():
+            self._names = parsed.names
+            if self.method.positional:
+                self.method.remember(parsed.names)
         values = stack_scalars(parsed.present)
         if self.training and torch.is_grad_enabled():
             if self.losses.device != values.device:  # without parameters, it is easily forgotten in model.to(device)
@@ -219,6 +234,7 @@ class FeatureSurgery(nn.Module):
             elif self.method.needs_losses:
                 name = type(self.method).__name__
                 raise ValueError(f"{name} needs the losses: call surgery.total(losses).backward()")
+        self._idle = 0
         raw = unscaled(gramian, scale_of(self.scaler, gramian.device))
         mask = reached
         if not self._all_present:
@@ -227,6 +243,17 @@ class FeatureSurgery(nn.Module):
         weights = decide(self.method, raw, mask, losses, self._names, self.nonfinite).weights
         self.result = Result(None, weights[0], raw[0])
         return weights
+
+    def _watch(self) -> None:
+        """Warn once if the layer is passed again and again, and never used."""
+        if torch.compiler.is_compiling():
+            return
+        self._idle += 1
+        if self._idle == IDLE_CALLS:
+            need = "no gradient came back: head t must read zs[t] of zs = surgery(features)"
+            if isinstance(self.method, LossWeighting):
+                need = "no total(losses): without it the losses are not weighed"
+            warnings.warn(f"FeatureSurgery: {IDLE_CALLS} forward passes, and {need}", stacklevel=4)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureSurgery:
         super()._apply(fn, recurse)

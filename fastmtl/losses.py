@@ -10,7 +10,7 @@ from torch import Tensor
 
 LossesLike = Sequence[Tensor | None] | Mapping[str, Tensor | None] | Tensor
 """T scalar losses: a sequence, a mapping from task name, or one 1-D tensor; None: the task is absent. A mapping's order
-is the order of the tasks: state that methods keep per task goes by it, so keep it the same in every step."""
+is the order of the tasks; methods that tell tasks apart (by state or options) refuse another order later."""
 
 
 @dataclass(frozen=True)
@@ -61,9 +61,9 @@ def stack_scalars(scalars: Sequence[Tensor]) -> Tensor:
     return torch.stack([x.to(wide) for x in scalars])
 
 
-def spread(values: Tensor, tasks: Sequence[int], num_tasks: int) -> Tensor:
-    """``[T]`` from the values of some tasks, NaN for the others; sends no index tensor to the device."""
-    parts = [values.new_full((), float("nan"))] * num_tasks
+def spread(values: Tensor, tasks: Sequence[int], num_tasks: int, fill: float = float("nan")) -> Tensor:
+    """``[T]`` from the values of some tasks, ``fill`` for the others; sends no index tensor to the device."""
+    parts = [values.new_full((), fill)] * num_tasks
     for t, value in zip(tasks, values.unbind(0), strict=True):
         parts[t] = value
     return torch.stack(parts)
@@ -101,13 +101,19 @@ def parse_losses(losses: LossesLike, differentiable: bool = True) -> Losses:
         if x is None:
             continue
         if not isinstance(x, Tensor):
-            raise TypeError(f"loss of {name}: expected a tensor or None, found {type(x).__name__}")
+            raise TypeError(
+                f"loss of {name}: expected a tensor, or None if the task is absent from this batch, "
+                f"found {type(x).__name__}"
+            )
         if x.numel() != 1:
             raise ValueError(f"loss of {name}: expected a scalar, found shape {list(x.shape)}; reduce it first")
         if not x.is_floating_point():
             raise ValueError(f"loss of {name}: expected a floating dtype, found {x.dtype}")
         if differentiable and not x.requires_grad:
-            raise ValueError(f"loss of {name}: it has no graph (requires_grad is False), so it has no gradient")
+            raise ValueError(
+                f"loss of {name}: it has no graph (requires_grad is False), so it has no gradient; "
+                "pass None if the task is absent from this batch"
+            )
         if device is not None and x.device != device:
             raise ValueError(f"loss of {name}: on {x.device}, the others on {device}")
         device = x.device

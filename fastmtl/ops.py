@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import _extension, reference
+from fastmtl.checks import choice, real, whole
 from fastmtl.rows import Gradients, Rows, as_rows
 
 ORDERS = {"random": 0, "fixed": 1, "shared": 2}
@@ -184,13 +185,10 @@ def frank_wolfe(
 
 
 def check_frank_wolfe(max_iter: int, tol: float, start: str) -> None:
-    """Raise where an option of `frank_wolfe` is out of range."""
-    if max_iter < 0:
-        raise ValueError(f"max_iter: expected a number of steps, found {max_iter}")
-    if not tol >= 0:
-        raise ValueError(f"tol: expected 0 or more, found {tol}")
-    if start not in STARTS:
-        raise ValueError(f"start: expected one of {STARTS}, found {start!r}")
+    """Raise where an option of `frank_wolfe` is of the wrong type or out of range."""
+    whole("max_iter", max_iter, 0)
+    real("tol", tol, 0)
+    choice("start", start, STARTS)
 
 
 def pcgrad(

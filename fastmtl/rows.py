@@ -145,6 +145,11 @@ def as_rows(grads: Gradients | Rows, groups: Sequence[int] | None = None) -> Row
                     raise TypeError(f"grads[{i}][{t}]: expected a tensor or None, found {type(g).__name__}")
         else:
             raise TypeError(f"grads[{i}]: expected a tensor or a sequence of tensors, found {type(p).__name__}")
+    if not isinstance(grads, Tensor) and all(isinstance(p, Tensor) and p.dim() == 1 for p in params):
+        raise ValueError(
+            "grads: a list of 1-D tensors may be one flat gradient per task, or one scalar parameter each: pass "
+            "torch.stack(grads) for the former, tensors [T, 1] for the latter"
+        )
     if len(num_tasks) != 1:
         raise ValueError(f"grads: parameters with different numbers of tasks: {sorted(num_tasks)}")
     (t,) = num_tasks

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastmtl.checks import whole
+from fastmtl.losses import numbered
+
 
 def commit(state: Tensor, new: Tensor, where: Tensor) -> None:
     """Store ``new`` in ``state`` if the bool scalar ``where`` holds, without a synchronisation."""
@@ -20,6 +23,26 @@ class Stateful(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self._shaped_later: set[str] = set()
+        self._names: tuple[str, ...] | None = None
+
+    def remember(self, names: Sequence[str]) -> None:
+        """Refuse tasks whose names or order have changed: what is kept per task goes by position.
+
+        Args:
+            names: Of this step's tasks. Mere numbers (`fastmtl.losses.numbered`) are not compared.
+
+        Raises:
+            ValueError: Earlier steps had other names, or another order.
+        """
+        if torch.compiler.is_compiling() or tuple(names) == numbered(len(names)):
+            return
+        if self._names is None:
+            self._names = tuple(names)
+        elif self._names != tuple(names):
+            raise ValueError(
+                f"losses: {type(self).__name__} goes by the order of the tasks, which was {', '.join(self._names)}; "
+                f"found {', '.join(names)}"
+            )
 
     def register_state(self, name: str, shape: Sequence[int] | None = None, init: float = 0.0) -> None:
         """Declare a float64 state tensor.
@@ -38,6 +61,8 @@ class Stateful(nn.Module):
     def state(self, name: str, like: Tensor, shape: tuple[int, ...], init: float) -> Tensor:
         """A state tensor whose shape was not known at first, on the device of ``like``.
 
+        In evaluation mode a state that is still to take its shape does not take it: what is returned is not kept.
+
         Args:
             name: As registered.
             like: A tensor of this step.
@@ -50,6 +75,8 @@ class Stateful(nn.Module):
         buffer: Tensor = getattr(self, name)
         if buffer.numel() == 0:
             buffer = torch.full(shape, init, dtype=torch.float64, device=like.device)
+            if not self.training:
+                return buffer
         elif buffer.shape != shape:
             raise ValueError(
                 f"{type(self).__name__}.{name}: the state is of shape {list(buffer.shape)}, this step needs "
@@ -100,11 +127,9 @@ class Epochs(Stateful):
         """Declare ``steps``.
 
         Raises:
-            ValueError: ``steps_per_epoch`` < 1.
+            TypeError, ValueError: ``steps_per_epoch`` is not a whole number, or < 1.
         """
-        if steps_per_epoch is not None and steps_per_epoch < 1:
-            raise ValueError(f"steps_per_epoch: expected at least 1, found {steps_per_epoch}")
-        self.steps_per_epoch = steps_per_epoch
+        self.steps_per_epoch = None if steps_per_epoch is None else whole("steps_per_epoch", steps_per_epoch, 1)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def close_epoch(self, where: Tensor) -> None:
@@ -113,6 +138,8 @@ class Epochs(Stateful):
 
     def end_epoch(self) -> None:
         """End the epoch. One call after each, in training or evaluation mode; it synchronises nothing.
+
+        It does nothing where no option depends on epochs, so that one training loop fits all options.
 
         Raises:
             RuntimeError: Epochs end by themselves, since ``steps_per_epoch`` was given.

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import ops
+from fastmtl.checks import whole
 from fastmtl.engine import (
     Method,
     accumulate,
@@ -78,8 +79,7 @@ class TaskGradients:
         scaler: Any = None,
         names: Sequence[str] | None = None,
     ) -> None:
-        if num_tasks < 1:
-            raise ValueError(f"num_tasks: expected at least 1, found {num_tasks}")
+        num_tasks = whole("num_tasks", num_tasks, 1)
         if names is not None and len(names) != num_tasks:
             raise ValueError(f"names: expected one per task ({num_tasks}), found {len(names)}")
         by_name = resolve_params(shared_params, model, "shared_params")

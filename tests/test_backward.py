@@ -832,6 +832,25 @@ def test_a_graph_freed_below_the_gramians_layer_changes_nothing(method: Callable
         fastmtl.backward(losses, solver, model.trunk, gramian_params=model.trunk[2])
 
 
+@pytest.mark.parametrize("method", STATEFUL)
+def test_a_call_that_raises_keeps_the_states_tensors(method: str) -> None:
+    """The objects, not just their values: a captured CUDA graph goes on writing where it was captured."""
+    model, solver = nets.mlp(), METHODS[method]()
+    fastmtl.backward(model.losses(inputs()), solver, model.trunk)
+    before = dict(solver.named_buffers())
+
+    def fail(grad: Tensor) -> None:
+        raise MemoryError("out of memory")
+
+    features = model.trunk[1](model.trunk[0](inputs()))
+    features.register_hook(fail)  # in the long pass, when the state has moved
+    losses = [head(model.trunk[2](features)).pow(2).mean() for head in model.heads]
+    with assert_untouched(model, solver), pytest.raises(MemoryError):
+        fastmtl.backward(losses, solver, model.trunk, gramian_params=model.trunk[2])
+    assert before
+    assert all(buffer is before[name] for name, buffer in solver.named_buffers())
+
+
 def test_a_wrong_loss_changes_nothing_and_is_named() -> None:
     model, method = nets.mlp(), GradNorm()
     fastmtl.backward(model.losses(inputs()), method, model.trunk)

@@ -16,6 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import fastmtl
 from fastmtl import MGDA, FeatureSurgery, GradNorm, GradVac, PCGrad, UncertaintyWeighting
+from fastmtl.layer import IDLE_CALLS
 from tests import nets
 from tests.asserts import assert_on_simplex, assert_same_state, assert_untouched
 from tests.nets import assert_grads, weighted_sum
@@ -361,6 +362,18 @@ def test_state_dict_round_trip() -> None:
 def test_the_layer_adds_nothing_to_the_state_but_the_methods() -> None:
     assert [*FeatureSurgery(MGDA(), 2).state_dict()] == []
     assert all(name.startswith("method.") for name in FeatureSurgery(GradVac(), 2).state_dict())
+
+
+@pytest.mark.parametrize("method", [MGDA(), UncertaintyWeighting(3)], ids=["MGDA", "UncertaintyWeighting"])
+def test_a_layer_that_is_never_used_warns(method: fastmtl.GradientMethod | fastmtl.LossWeighting) -> None:
+    net, x = LayerNet(method), inputs()
+    for _ in range(3 * IDLE_CALLS):
+        net(x).backward()
+    for _ in range(IDLE_CALLS - 1):
+        net.surgery(net.trunk(x))
+    with pytest.warns(UserWarning, match="zs\\[t\\]" if isinstance(method, MGDA) else "total"):
+        net.surgery(net.trunk(x))
+    net.surgery(net.trunk(x))
 
 
 def test_no_double_backward() -> None:

@@ -118,3 +118,8 @@ def test_as_rows_copies_nothing() -> None:
     mixed = as_rows([jacobian, [None, jacobian[1], None]])
     assert not mixed.stacked
     assert mixed.grads[0].data_ptr() == jacobian.data_ptr()
+
+
+def test_a_list_of_flat_gradients_is_ambiguous() -> None:
+    with pytest.raises(ValueError, match=r"torch\.stack"):
+        as_rows([torch.randn(5), torch.randn(5), torch.randn(5)])

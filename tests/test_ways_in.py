@@ -12,6 +12,7 @@ from torch import Tensor
 
 import fastmtl
 from fastmtl import GradientMethod, LossWeighting
+from tests.asserts import assert_untouched
 from tests.nets import Net, mlp
 
 T = 3
@@ -146,7 +147,7 @@ class FeatureLevel(Way):
         total = self.surgery.total(self.head_losses(self.surgery(self.net.trunk(self.x))))
         total.backward()
         if isinstance(self.method, LossWeighting):
-            return expected, expected  # the layer is the identity; what it did shows in .grad
+            torch.testing.assert_close(self.method.weights, expected[0], rtol=self.tolerance, atol=0)
         return self.surgery.result.weights.unsqueeze(0), expected
 
 
@@ -200,6 +201,21 @@ def run(name: str, way: Callable[..., Way], options: dict[str, Any], dtype: torc
     steps = way(net, method, oracle, DTYPES[dtype])
     for x in inputs:
         steps.step(x)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_another_order_of_named_tasks(name: str) -> None:
+    """What is kept per task goes by position: refused, and nothing has moved, unless nothing is kept."""
+    method, net = make(name), mlp(T)
+    a, b, c = net.losses(torch.randn(8, 5, dtype=torch.float64))
+    fastmtl.backward({"a": a, "b": b, "c": c}, method, net.trunk, retain_graph=True)
+    if name in ("MGDA", "PCGrad"):
+        fastmtl.backward({"b": b, "a": a, "c": c}, method, net.trunk, retain_graph=True)
+        return
+    for losses in ({"b": b, "a": a, "c": c}, {"a": a, "b": b, "d": c}):
+        with assert_untouched(method, net), pytest.raises(ValueError, match=f"{name}.*a, b, c.*found"):
+            fastmtl.backward(losses, method, net.trunk, retain_graph=True)
+    fastmtl.backward({"a": a, "b": None, "c": c}, method, net.trunk)
 
 
 def cell(name: str, column: str) -> str:

@@ -234,16 +234,16 @@ FASTMTL_HD void search(const Team& team, const Form& form, int limit) {
   }
 }
 
-// product = M w.
+// product = unit M w.
 template <class Team>
-FASTMTL_HD void multiply(const Team& team, const Problem& problem, const double* w, double* product) {
+FASTMTL_HD void multiply(const Team& team, const Problem& problem, const double* w, double* product, double unit = 1) {
   const int num_tasks = problem.num_tasks;
   for (int i = team.rank(); i < num_tasks; i += team.size()) product[i] = 0;
   for (int j = 0; j < num_tasks; ++j) {
     const double weight = w[j];
     if (weight == 0) continue;
     const double* gramian = problem.row(j);
-    for (int i = team.rank(); i < num_tasks; i += team.size()) product[i] += weight * gramian[i];
+    for (int i = team.rank(); i < num_tasks; i += team.size()) product[i] += weight * (gramian[i] * unit);
   }
 }
 

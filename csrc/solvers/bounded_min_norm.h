@@ -7,6 +7,7 @@
 //   A = [M e; e^T 0],  right-hand side (-b, 1),
 // which starts with the task k of least objective and the multiplier in the support, where it is known in closed form:
 // outside, the Gramian of the differences g_i - g_k. Tasks are scaled by 1 / sqrt(M_ii + M_kk).
+// The Gramian is multiplied by a power of two where it is read, which is exact: a Gramian's products never overflow.
 #pragma once
 #include "active_set.h"
 
@@ -19,13 +20,19 @@ FASTMTL_HD constexpr int64_t bounded_min_norm_scratch(int num_tasks) {
 
 namespace detail {
 
+// The power of two that brings a squared norm near 1.
+FASTMTL_HD double unit_of(double squared_norm) {
+  const int exponent = squared_norm > 0 ? std::ilogb(squared_norm) : 0;
+  return std::scalbn(1.0, exponent > -1022 ? (exponent < 1022 ? -exponent : -1022) : 1022);
+}
+
 struct Simplex {
   static constexpr bool kSimplex = true;
   Problem problem;
   Tableau tab;
   const double* bounds;  // c
   double* b;             // in the unit below, and such that the objective is 0 at the first start
-  double unit;           // what the Gramian is multiplied by
+  double unit;           // what the Gramian is multiplied by: a power of two
   double slack;          // s
   double shift;          // what was taken from b to that end
   double goal;           // a gap this small will do
@@ -52,8 +59,8 @@ struct Simplex {
         } else if (i == k || j == k) {
           row[j] = i == j ? 0.0 : tab.scale[i == k ? j : i] / scale_k;
         } else {
-          const double product = (gramian[j] - gramian_k[i]) + (gramian_k[k] - gramian_k[j]);
-          row[j] = product * unit * tab.scale[i] * tab.scale[j];
+          const double to_j = gramian[j] * unit - gramian_k[i] * unit;
+          row[j] = (to_j + (own - gramian_k[j] * unit)) * tab.scale[i] * tab.scale[j];
         }
       }
     }
@@ -107,17 +114,18 @@ struct Simplex {
       tab.weights[i] = tab.state[i] == kAbsent ? 0.0 : bounds[i] + tab.column[i];
     }
     team.sync();
-    multiply(team, problem, tab.weights, tab.product);
+    multiply(team, problem, tab.weights, tab.product, unit);
     double smallest = kNever, largest = 0, inner = 0;
     for (int i = team.rank(); i < num_tasks; i += team.size()) {
       if (tab.state[i] == kAbsent) continue;
       smallest = std::fmin(smallest, tab.product[i]);
       largest = std::fmax(largest, std::fabs(tab.product[i]));
-      inner += tab.column[i] != 0 ? tab.column[i] * tab.product[i] : 0.0;
+      inner += tab.column[i] * tab.product[i];
     }
     inner = team.sum(inner);
     smallest = -team.max(-smallest);
-    const double gap = std::fmax(inner - slack * smallest, 0.0);
+    double gap = inner - slack * smallest;
+    if (gap < 0) gap = 0;  // NaN stays
     *good = gap <= std::fmax(goal, 1e-15 * slack * team.max(largest));
     return gap;
   }
@@ -149,36 +157,46 @@ FASTMTL_HD double bounded_min_norm_problem(const Team& team, const Problem& prob
   team.sync();
   const double slack = 1 - sum;
   if (!(slack > 0)) return 0;
-  detail::multiply(team, problem, weights, b);
+  double longest = -detail::kNever;
+  for (int i = team.rank(); i < num_tasks; i += team.size()) {
+    if (problem.present(i)) longest = std::fmax(longest, problem.squared_norm(i));
+  }
+  longest = team.max(longest);
+  if (longest == -detail::kNever) return 0;  // nobody is present
+  const double first_unit = detail::unit_of(longest);
+  detail::multiply(team, problem, weights, b, first_unit);
   team.sync();
 
-  // The task to start at, and the unit: its squared norm.
-  double least = detail::kNever, longest = 0;
+  // The task to start at, and the unit, near its squared norm.
+  double least = detail::kNever;
   int task = -1;
   for (int i = team.rank(); i < num_tasks; i += team.size()) {
     if (!problem.present(i)) continue;
     b[i] /= slack;
-    const double value = 0.5 * problem.squared_norm(i) + b[i];
-    if (value < least || task < 0) {
+    const double value = 0.5 * first_unit * problem.squared_norm(i) + b[i];
+    if (value < least) {
       least = value;
       task = i;
     }
-    longest = std::fmax(longest, problem.squared_norm(i));
   }
   const int k = team.argmax(-least, task);
   least = -team.max(-least);
-  if (least == detail::kNever) return 0;  // nobody is present
-  longest = team.max(longest);
-  const double own = problem.squared_norm(k);
-  const double unit = longest > 0 ? 1 / std::fmax(own, 1e-30 * longest) : 1.0;
-  for (int i = team.rank(); i < num_tasks; i += team.size()) b[i] = problem.present(i) ? (b[i] - least) * unit : 0.0;
+  if (least == detail::kNever) {  // overflow
+    detail::fill_weights(team, num_tasks, detail::kNan, weights);
+    return detail::kNan;
+  }
+  const double smallest_normal = std::numeric_limits<double>::min();
+  const double about = std::fmax(problem.squared_norm(k), std::fmax(1e-30 * longest, smallest_normal));
+  const double unit = longest > 0 ? detail::unit_of(about) : 1.0;
+  const double ratio = unit / first_unit;
+  for (int i = team.rank(); i < num_tasks; i += team.size()) b[i] = problem.present(i) ? (b[i] - least) * ratio : 0.0;
   if (team.rank() == 0) tab.state[k] = detail::kInside;
   team.sync();
 
-  const double goal = 1e-10 * slack * slack * own;
-  const detail::Simplex form = {problem, tab, bounds, b, unit, slack, least * unit, goal};
+  const double goal = 1e-10 * slack * slack * (problem.squared_norm(k) * unit);
+  const detail::Simplex form = {problem, tab, bounds, b, unit, slack, least * ratio, goal};
   form.start_at(team, k);
-  return detail::solve(team, form, num_tasks, weights);
+  return detail::solve(team, form, num_tasks, weights) / unit;
 }
 
 }  // namespace fastmtl

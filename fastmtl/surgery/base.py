@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
+from fastmtl.checks import choice
+from fastmtl.losses import LossesLike, parse_losses
 from fastmtl.state import Stateful, commit
 
 RESCALES = ("none", "sum_to_num_tasks", "sum_to_one")
@@ -22,12 +24,14 @@ class Step:
             anything.
         losses: raw loss values ``[T]`` float64, NaN where a task is absent; None unless the method ``needs_losses``.
         finite: bool scalar: the present Gramian entries and losses are finite.
+        training: The method is in training mode: state may move.
     """
 
     gramian: Tensor
     mask: Tensor | None
     losses: Tensor | None
     finite: Tensor
+    training: bool = True
 
     @property
     def present(self) -> Tensor:
@@ -37,8 +41,9 @@ class Step:
         return torch.ones(self.gramian.shape[:2], dtype=torch.bool, device=self.gramian.device)
 
     def commit(self, state: Tensor, new: Tensor) -> None:
-        """Store ``new`` in the buffer ``state`` if this step is finite: an AMP overflow must not poison it."""
-        commit(state, new, self.finite)
+        """Store ``new`` in the buffer ``state``, in training, if this step is finite (AMP overflows are not)."""
+        if self.training:
+            commit(state, new, self.finite)
 
 
 def make_step(gramian: Tensor, mask: Tensor | None, losses: Tensor | None) -> Step:
@@ -67,7 +72,8 @@ class GradientMethod(Stateful):
     """Base class of the gradient methods: subclasses implement `solve`.
 
     A method is an `nn.Module` so that its state (moving averages, learned weights, the random seed) moves with the
-    model and round-trips through ``state_dict``. State is float64 whatever the model is cast to.
+    model and round-trips through ``state_dict``. State is float64 whatever the model is cast to. It moves in training
+    mode only, and on finite steps only: in ``eval()`` a call gives the weights of the step that would be next.
 
     Args:
         rescale: What the weights sum to: ``"none"``: as the paper says; ``"sum_to_num_tasks"`` or ``"sum_to_one"``.
@@ -78,42 +84,42 @@ class GradientMethod(Stateful):
         needs_losses: `solve` reads ``step.losses``.
         scale_heads: The weights also multiply the gradients of the parameters that are not shared.
         single_group: The method knows only one group of parameters (K = 1).
+        positional: The method tells tasks apart, by state or options, so their order must stay the same.
     """
 
     needs_losses: bool = False
     scale_heads: bool = False
     single_group: bool = False
+    positional: bool = False
 
     def __init__(self, rescale: str = "none") -> None:
         super().__init__()
-        if rescale not in RESCALES:
-            raise ValueError(f"rescale: expected one of {RESCALES}, found {rescale!r}")
-        self.rescale = rescale
+        self.rescale = choice("rescale", rescale, RESCALES)
 
     def solve(self, step: Step) -> Tensor:
         """The paper's weights, ``[K, T]`` float64: NaN where the step is not finite, 0 for absent tasks."""
         raise NotImplementedError
 
     def weigh(self, step: Step) -> Tensor:
-        """`solve`, then ``rescale``; advances the state. No host synchronisation."""
+        """`solve`, then ``rescale``; advances the state in training mode. No host synchronisation."""
         if self.single_group and step.gramian.shape[0] != 1:
             raise ValueError(
                 f"{type(self).__name__} knows only one group of parameters, found {step.gramian.shape[0]} groups"
             )
         with torch.no_grad():
-            weights = self.solve(step)
+            weights = self.solve(step if self.training else replace(step, training=False))
             if self.rescale == "none":
                 return weights
             total = weights.sum(-1, keepdim=True)
             goal = step.present.sum(-1, keepdim=True) if self.rescale == "sum_to_num_tasks" else 1.0
             return torch.where(total == 0, weights, weights * (goal / total))
 
-    def forward(self, gramian: Tensor, losses: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-        """Weights for a ready Gramian; advances the method's state.
+    def forward(self, gramian: Tensor, losses: LossesLike | None = None, mask: Tensor | None = None) -> Tensor:
+        """Weights for a ready Gramian; advances the method's state in training mode.
 
         Args:
             gramian: ``[T, T]`` or ``[K, T, T]``, symmetric, any floating dtype.
-            losses: Loss values ``[T]``, for methods that need them.
+            losses: T loss values, for methods that need them.
             mask: bool ``[T]`` or ``[K, T]``: which tasks take part; None: all.
 
         Returns:
@@ -126,7 +132,10 @@ class GradientMethod(Stateful):
             Checking the symmetry synchronises with the host once; the training entry points do not come this way.
         """
         if not isinstance(gramian, Tensor):
-            raise TypeError(f"gramian: expected a tensor, found {type(gramian).__name__}")
+            raise TypeError(
+                f"gramian: expected a tensor, found {type(gramian).__name__}; for losses use "
+                "fastmtl.backward(losses, method, shared_params)"
+            )
         if gramian.dim() not in (2, 3) or gramian.shape[-1] != gramian.shape[-2]:
             raise ValueError(
                 f"gramian: expected shape [T, T] or [K, T, T], found {list(gramian.shape)}; for a Jacobian use "
@@ -143,9 +152,10 @@ class GradientMethod(Stateful):
         if self.needs_losses:
             if losses is None:
                 raise ValueError(f"losses: {type(self).__name__} needs the values of the losses")
-            values = losses.detach().to(m.device, torch.float64)
-            if values.shape != m.shape[-1:]:
-                raise ValueError(f"losses: expected shape [{m.shape[-1]}], found {list(values.shape)}")
+            parsed = parse_losses(losses, differentiable=False)
+            if len(parsed) != m.shape[-1]:
+                raise ValueError(f"losses: expected {m.shape[-1]} tasks, found {len(parsed)}")
+            values = parsed.values().to(m.device)
         weights = self.weigh(make_step(m.contiguous(), present, values))
         return weights if gramian.dim() == 3 else weights[0]
 
@@ -171,8 +181,10 @@ class RandomOrderMethod(GradientMethod):
             if not torch.equal(order.long().sort(-1).values, every.expand(order.shape)):
                 raise ValueError("order: each row must be a permutation of 0..T-1")
             order = order.long().contiguous()
-        elif order not in ("random", "fixed", "shared"):
-            raise ValueError(f"order: expected 'random', 'fixed', 'shared' or a tensor, found {order!r}")
+        else:
+            choice("order", order, ("random", "fixed", "shared"))
+        if generator is not None and not isinstance(generator, torch.Generator):
+            raise TypeError(f"generator: expected a torch.Generator, found {generator!r}")
         self.order = order
         device = "cpu" if generator is None else generator.device
         seed = torch.randint(2**62, (), generator=generator, dtype=torch.int64, device=device)
@@ -188,5 +200,6 @@ class RandomOrderMethod(GradientMethod):
         return self.order, self.rng
 
     def advance(self, step: Step) -> None:
-        """The next step draws other orders, if this one was finite."""
-        self.rng[1].add_(step.finite)
+        """The next step draws other orders, if this one was finite and a training step."""
+        if step.training:
+            self.rng[1].add_(step.finite)

@@ -5,9 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmtl.checks import choice, real
 from fastmtl.state import Epochs, commit
 from fastmtl.surgery.base import GradientMethod, Step
 
+OPTIMIZERS = ("sgd", "adam")
 RENORMALIZE = ("step", "epoch")
 
 
@@ -23,8 +25,8 @@ class GradNorm(Epochs, GradientMethod):
     ``gramian_params=`` that layer to `fastmtl.backward`, which then needs T short backward passes and one whole one.
 
     Args:
-        alpha: Strength of the pull towards equal training rates. Paper: 1.5.
-        lr: Learning rate of the weights. Paper: 0.025.
+        alpha: Strength of the pull towards equal training rates, at least 0. Paper: 1.5.
+        lr: Learning rate of the weights, above 0. Paper: 0.025.
         optimizer: ``"sgd"`` (default) or ``"adam"`` (betas 0.9, 0.999, eps 1e-8), for the weights.
         min_weight: Lower bound of a weight. Deviation from the paper, which has none: its steps can make weights
             negative.
@@ -32,18 +34,20 @@ class GradNorm(Epochs, GradientMethod):
             Must be False in `FeatureSurgery`.
         rescale: See `GradientMethod`; the weights already sum to T.
         renormalize: When the weights are made to sum to T: ``"step"``: after each step (paper). ``"epoch"``: at the end
-            of each epoch only (the article's listing), which is one call, `end_epoch`, or comes by itself.
+            of each epoch only (the article's listing), which is one call, `end_epoch`, or comes by itself. With
+            ``"step"`` that call does nothing.
         steps_per_epoch: Steps after which an epoch ends by itself; None: `end_epoch` is called.
 
     Raises:
+        TypeError: An option of the wrong type.
         ValueError: An option out of range, or ``steps_per_epoch`` without ``renormalize="epoch"``; more than one group
             of parameters.
         RuntimeError: `end_epoch` although epochs end by themselves.
 
     Note:
-        Cost: O(T) on the device, no synchronisation. State: weights, initial losses and Adam's moments, ``[T]`` each.
-        A task's initial loss is that of its first step; absent tasks keep their weight and take no part in the means.
-        State moves only on finite steps.
+        Cost: O(T) on the device, no synchronisation. State: weights and initial losses, ``[T]`` each, with Adam
+        ``[3, T]`` more; it moves on finite steps in training mode only. A task's initial loss is that of its first
+        step; absent tasks keep their weight and take no part in the means.
 
     Reference:
         Chen, Badrinarayanan, Lee, Rabinovich, "GradNorm: Gradient Normalization for Adaptive Loss Balancing in Deep
@@ -58,6 +62,7 @@ class GradNorm(Epochs, GradientMethod):
     """
 
     needs_losses = True
+    positional = True
     single_group = True
     weights: Tensor
     initial_losses: Tensor
@@ -75,22 +80,18 @@ class GradNorm(Epochs, GradientMethod):
         steps_per_epoch: int | None = None,
     ) -> None:
         super().__init__(rescale)
-        if lr <= 0:
-            raise ValueError(f"lr: expected a positive learning rate, found {lr}")
-        if optimizer not in ("sgd", "adam"):
-            raise ValueError(f"optimizer: expected 'sgd' or 'adam', found {optimizer!r}")
-        if not 0 < min_weight < 1:
-            raise ValueError(f"min_weight: expected a bound in (0, 1), found {min_weight}")
-        if renormalize not in RENORMALIZE:
-            raise ValueError(f"renormalize: expected one of {RENORMALIZE}, found {renormalize!r}")
+        self.alpha, self.lr = real("alpha", alpha, 0), real("lr", lr, 0, open=True)
+        self.optimizer = choice("optimizer", optimizer, OPTIMIZERS)
+        self.min_weight = real("min_weight", min_weight, 0, 1, open=True)
+        self.scale_heads = scale_heads
+        self.renormalize = choice("renormalize", renormalize, RENORMALIZE)
         if steps_per_epoch is not None and renormalize != "epoch":
             raise ValueError(f"steps_per_epoch: {steps_per_epoch} has no effect without renormalize='epoch'")
-        self.alpha, self.lr, self.optimizer, self.min_weight = alpha, lr, optimizer, min_weight
-        self.scale_heads, self.renormalize = scale_heads, renormalize
         self.register_epochs(steps_per_epoch)
         self.register_state("weights")
         self.register_state("initial_losses")
-        self.register_state("moments")  # Adam: first, second, and the number of steps, per task
+        if optimizer == "adam":
+            self.register_state("moments")  # first, second, and the number of steps, per task
 
     def solve(self, step: Step) -> Tensor:
         """See `GradientMethod.solve`."""
@@ -99,7 +100,6 @@ class GradNorm(Epochs, GradientMethod):
         num_tasks = losses.shape[0]
         weights = self.state("weights", losses, (num_tasks,), 1.0)
         initial = self.state("initial_losses", losses, (num_tasks,), float("nan"))
-        moments = self.state("moments", losses, (3, num_tasks), 0.0)
         used = torch.where(present, weights, 0.0)
         first = torch.where(present & initial.isnan(), losses, initial)
 
@@ -114,7 +114,7 @@ class GradNorm(Epochs, GradientMethod):
         rate = torch.where(rate.isfinite() & (rate > 0), rate, torch.where(rate == 0, 0.0, 1.0))
         slope = torch.sign(size - mean(size) * rate**self.alpha) * norms
         slope = torch.where(present, slope, 0.0)
-        moved, new_moments = self._descend(weights, slope, moments, present)
+        moved = weights - self.lr * (slope if self.optimizer == "sgd" else self._adam(slope, step))
         moved = torch.where(present, moved.clamp(min=self.min_weight), 0.0)
         if self.renormalize == "step":
             moved = moved * ((num_tasks - torch.where(present, 0.0, weights).sum()) / moved.sum())
@@ -123,8 +123,8 @@ class GradNorm(Epochs, GradientMethod):
         result = torch.where(step.finite, used, torch.full_like(used, float("nan")))
         step.commit(initial, first)
         step.commit(weights, moved)
-        step.commit(moments, new_moments)
-        self.count_step(step.finite)
+        if step.training:
+            self.count_step(step.finite)
         return result.unsqueeze(0)
 
     def close_epoch(self, where: Tensor) -> None:
@@ -132,12 +132,11 @@ class GradNorm(Epochs, GradientMethod):
         if self.renormalize == "epoch" and self.weights.numel() > 0:
             commit(self.weights, self.weights * (len(self.weights) / self.weights.sum()), where)
 
-    def _descend(self, weights: Tensor, slope: Tensor, moments: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
-        if self.optimizer == "sgd":
-            return weights - self.lr * slope, moments
+    def _adam(self, slope: Tensor, step: Step) -> Tensor:
+        """Adam's direction; the moments of absent tasks stay."""
+        present, moments = step.present[0], self.state("moments", slope, (3, len(slope)), 0.0)
         count = moments[2] + present
         m = torch.where(present, 0.9 * moments[0] + 0.1 * slope, moments[0])
         v = torch.where(present, 0.999 * moments[1] + 0.001 * slope**2, moments[1])
-        unbiased_m, unbiased_v = m / (1 - 0.9**count), v / (1 - 0.999**count)
-        moved = weights - self.lr * unbiased_m / (unbiased_v.sqrt() + 1e-8)
-        return moved, torch.stack([m, v, count])
+        step.commit(moments, torch.stack([m, v, count]))
+        return m / (1 - 0.9**count) / ((v / (1 - 0.999**count)).sqrt() + 1e-8)

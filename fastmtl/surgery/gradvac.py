@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.checks import real
 from fastmtl.surgery.base import RandomOrderMethod, Step
 
 
@@ -30,7 +31,7 @@ class GradVac(RandomOrderMethod):
         rescale: See `GradientMethod`.
 
     Raises:
-        ValueError: An option out of range.
+        TypeError, ValueError: An option of the wrong type, or out of range.
 
     Note:
         Cost: T^2 updates of T numbers on the Gramian; one launch on a GPU, no synchronisation. State: targets
@@ -46,6 +47,7 @@ class GradVac(RandomOrderMethod):
         tensor([0.5848, 3.8012, 3.8012])
     """
 
+    positional = True
     targets: Tensor
 
     def __init__(
@@ -59,11 +61,8 @@ class GradVac(RandomOrderMethod):
         rescale: str = "none",
     ) -> None:
         super().__init__(order, generator, rescale)
-        if not 0 <= beta <= 1:
-            raise ValueError(f"beta: expected a rate in [0, 1], found {beta}")
-        if not -1 < init < 1:
-            raise ValueError(f"init: expected a cosine in (-1, 1), found {init}")
-        self.beta, self.init, self.ema_first, self.ema_always = beta, init, ema_first, ema_always
+        self.beta, self.init = real("beta", beta, 0, 1), real("init", init, -1, 1, open=True)
+        self.ema_first, self.ema_always = ema_first, ema_always
         self.register_state("targets")
 
     def solve(self, step: Step) -> Tensor:

@@ -5,8 +5,12 @@ from __future__ import annotations
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.checks import choice
 from fastmtl.surgery.base import GradientMethod, Step
 from fastmtl.surgery.normalization import NORMALIZATIONS, normalize, normalizers
+
+SOLVERS = ("exact", "frank_wolfe")
+APPLY_TO = ("raw", "normalized")
 
 
 class MGDA(GradientMethod):
@@ -20,19 +24,22 @@ class MGDA(GradientMethod):
 
     Args:
         solver: ``"exact"``, or ``"frank_wolfe"``: the paper's Algorithm 2, which stops short of the optimum.
-        max_iter: Frank-Wolfe: the largest number of steps.
-        tol: Frank-Wolfe: stops where a step has changed the weights by less than this, in sum.
+        max_iter: Frank-Wolfe: the largest number of steps. None: 250.
+        tol: Frank-Wolfe: stops where a step has changed the weights by less than this, in sum. None: 1e-5.
         normalization: What each gradient is divided by before solving: ``"none"``, ``"l2"``: its norm, ``"loss"``: its
             loss, ``"loss+"``: both. By absolute values, and where one is 0, not by it.
-        apply_to: The weights then multiply the ``"raw"`` gradients (the paper's code), or the ``"normalized"`` ones:
-            the weights returned, which go with the raw gradients, are then divided by the normalisers, and sum to 1 no
-            more.
+        apply_to: With a normalization, the weights then multiply the ``"raw"`` gradients (the paper's code), or the
+            ``"normalized"`` ones: the weights returned, which go with the raw gradients, are then divided by the
+            normalisers, and sum to 1 no more.
         scale_heads: Also multiply the heads' gradients, as the paper's code does. Must be False in `FeatureSurgery`.
         start: Frank-Wolfe: from ``"uniform"`` weights (paper), or from the best ``"pair"`` of tasks (its public code).
+            None: ``"uniform"``.
         rescale: See `GradientMethod`.
 
     Raises:
-        ValueError: An option out of range.
+        TypeError: An option of the wrong type.
+        ValueError: An option out of range, or one that has no effect: of Frank-Wolfe with the exact solver, or
+            ``apply_to="normalized"`` without a normalization.
 
     Note:
         Cost: exact, by an active set: about T pivots of T^2 operations; one launch on a GPU, no synchronisation. The
@@ -55,24 +62,27 @@ class MGDA(GradientMethod):
     def __init__(
         self,
         solver: str = "exact",
-        max_iter: int = 250,
-        tol: float = 1e-5,
+        max_iter: int | None = None,
+        tol: float | None = None,
         normalization: str = "none",
         apply_to: str = "raw",
         scale_heads: bool = False,
-        start: str = "uniform",
+        start: str | None = None,
         rescale: str = "none",
     ) -> None:
         super().__init__(rescale)
-        if solver not in ("exact", "frank_wolfe"):
-            raise ValueError(f"solver: expected 'exact' or 'frank_wolfe', found {solver!r}")
-        ops.check_frank_wolfe(max_iter, tol, start)
-        if normalization not in NORMALIZATIONS:
-            raise ValueError(f"normalization: expected one of {NORMALIZATIONS}, found {normalization!r}")
-        if apply_to not in ("raw", "normalized"):
-            raise ValueError(f"apply_to: expected 'raw' or 'normalized', found {apply_to!r}")
-        self.solver, self.max_iter, self.tol, self.start = solver, max_iter, tol, start
-        self.normalization, self.apply_to = normalization, apply_to
+        self.solver = choice("solver", solver, SOLVERS)
+        for name, value in (("max_iter", max_iter), ("tol", tol), ("start", start)):
+            if value is not None and solver == "exact":
+                raise ValueError(f"{name}: {value!r} has no effect without solver='frank_wolfe'")
+        self.max_iter = 250 if max_iter is None else max_iter
+        self.tol = 1e-5 if tol is None else tol
+        self.start = "uniform" if start is None else start
+        ops.check_frank_wolfe(self.max_iter, self.tol, self.start)
+        self.normalization = choice("normalization", normalization, NORMALIZATIONS)
+        self.apply_to = choice("apply_to", apply_to, APPLY_TO)
+        if apply_to == "normalized" and normalization == "none":
+            raise ValueError("apply_to: 'normalized' has no effect without a normalization, found 'none'")
         self.scale_heads = scale_heads
         self.needs_losses = normalization in ("loss", "loss+")
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.checks import choice
 from fastmtl.surgery.base import RandomOrderMethod, Step
 
 
@@ -27,7 +28,7 @@ class PCGrad(RandomOrderMethod):
         rescale: See `GradientMethod`.
 
     Raises:
-        ValueError: An unknown option.
+        TypeError, ValueError: An option of the wrong type, or an unknown one.
 
     Note:
         Cost: T^2 tests and up to T^2 additions of T numbers, on the Gramian; one launch on a GPU, no synchronisation.
@@ -52,9 +53,7 @@ class PCGrad(RandomOrderMethod):
         rescale: str = "none",
     ) -> None:
         super().__init__(order, generator, rescale)
-        if reduction not in ("sum", "mean"):
-            raise ValueError(f"reduction: expected 'sum' or 'mean', found {reduction!r}")
-        self.reduction = reduction
+        self.reduction = choice("reduction", reduction, ("sum", "mean"))
         self.include_self = include_self
 
     def solve(self, step: Step) -> Tensor:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from numbers import Real
 
 import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.checks import choice, real
 from fastmtl.surgery.base import GradientMethod, Step
+
+_NOISE = 1e-6  # of cosines whose products were taken in float32, relative to the largest eigenvalue
 
 
 class PELTR(GradientMethod):
@@ -28,19 +31,24 @@ class PELTR(GradientMethod):
         rescale: See `GradientMethod`.
 
     Raises:
+        TypeError: An option of the wrong type.
         ValueError: An option out of range; at the first step: bounds for another number of tasks, or one bound for all
             that sums to more than 1.
 
     Note:
         Cost: exact: as `MGDA`, one launch on a GPU, no synchronisation. Relaxed: one symmetric eigenproblem of T+1
-        numbers per group, which synchronises with the host on CUDA. No state, no randomness. Identical gradients and
-        zero gradients are no problem: what depends on others is solved by the pseudo-inverse.
+        numbers per group, which synchronises with the host on CUDA. No state, no randomness. Zero gradients and
+        gradients that depend on others are no problem, in any floating dtype of the gradients. Relaxed: eigenvalues of
+        the optimality system below 1e-6 of the largest, which float32 products cannot tell from 0, count as 0. Thus
+        gradients that differ by less than about ``sqrt(2T) / 1000`` of their norms count as one, in float64 too, which
+        costs the combination's norm as much of theirs at most.
 
     Reference:
         Lin, Chen, Pei, Sun, Xiao, Sun, Zhang, Ou, Jiang, "A Pareto-Efficient Algorithm for Multiple Objective
         Optimization in E-Commerce Recommendation", RecSys 2019, PECsolver. Deviations: solved exactly by default;
-        relaxed: the pseudo-inverse of the optimality system in place of its normal equations, and a
-        projection by sorting in place of an iterative one, both of which give the same where the paper's exist.
+        relaxed: the optimality system in cosines, by its pseudo-inverse, in place of its normal equations,
+        and a projection by sorting in place of an iterative one, both of which give the same where the paper's exist
+        and the gradients are not dependent to within the cutoff above.
 
     Example:
         >>> import torch, fastmtl
@@ -57,18 +65,10 @@ class PELTR(GradientMethod):
         rescale: str = "none",
     ) -> None:
         super().__init__(rescale)
-        one_for_all = isinstance(lower_bounds, Real)
-        each = (float(lower_bounds),) if one_for_all else tuple(map(float, lower_bounds))  # type: ignore
-        for t, c in enumerate(each):
-            if not 0 <= c <= 1:
-                where = "" if one_for_all else f" for task {t}"
-                raise ValueError(f"lower_bounds: expected 0 to 1, found {c}{where}")
-        _check_sum(each)
-        if solver not in ("exact", "relaxed"):
-            raise ValueError(f"solver: expected 'exact' or 'relaxed', found {solver!r}")
-        self.lower_bounds = each[0] if one_for_all else each
-        self.solver = solver
+        self.lower_bounds = _checked(lower_bounds)
+        self.solver = choice("solver", solver, ("exact", "relaxed"))
         self.scale_heads = scale_heads
+        self.positional = not isinstance(self.lower_bounds, float)
         self._bounds: Tensor | None = None  # lower_bounds on the device of the last step
 
     def solve(self, step: Step) -> Tensor:
@@ -91,6 +91,20 @@ class PELTR(GradientMethod):
         return self._bounds
 
 
+def _checked(bounds: float | Sequence[float] | Tensor) -> float | tuple[float, ...]:
+    if isinstance(bounds, Tensor):
+        bounds = bounds.tolist()
+    if isinstance(bounds, str) or not isinstance(bounds, Iterable | Real):
+        raise TypeError(f"lower_bounds: expected a number, or one per task, found {bounds!r}")
+    if isinstance(bounds, Real):
+        return real("lower_bounds", bounds, 0, 1)
+    each = tuple(real(f"lower_bounds of task {t}", c, 0, 1) for t, c in enumerate(bounds))
+    if not each:
+        raise ValueError(f"lower_bounds: expected a number, or one per task, found {bounds!r}")
+    _check_sum(each)
+    return each
+
+
 def _check_sum(bounds: Sequence[float]) -> None:
     if math.fsum(bounds) > 1 + 1e-12:
         raise ValueError(
@@ -99,20 +113,28 @@ def _check_sum(bounds: Sequence[float]) -> None:
 
 
 def _relaxed(gramian: Tensor, present: Tensor, bounds: Tensor) -> Tensor:
-    """Weights ``[K, T]``: the optimality system of the problem without ``w >= c``, then the projection onto it."""
+    """Weights ``[K, T]``: the optimality system of the problem without ``w >= c``, then the projection onto it.
+
+    The system is solved in cosines, for ``x`` in multiples of 1 / norm, its equality's row scaled to length 1.
+    """
     finite = (gramian.isfinite() | ~(present.unsqueeze(-1) & present.unsqueeze(-2))).all(-1).all(-1, keepdim=True)
     both = present.unsqueeze(-1) & present.unsqueeze(-2) & finite.unsqueeze(-1)
     m = torch.where(both, gramian, 0.0)
-    scale = m.diagonal(dim1=-2, dim2=-1).amax(-1)[:, None, None]
-    m = m / torch.where(scale > 0, scale, 1.0)
+    squared = m.diagonal(dim1=-2, dim2=-1)
+    norms = torch.where(squared > 0, squared, 1.0).sqrt()
+    cosines = m / norms.unsqueeze(-1) / norms.unsqueeze(-2)
+    shortest = torch.where(squared > 0, norms, float("inf")).amin(-1, keepdim=True)
+    norms = torch.where(squared > 0, norms / shortest, 1.0)  # a zero gradient's column is zero in any unit
+    norms = norms * torch.linalg.vector_norm(present / norms, dim=-1, keepdim=True)
     c = torch.where(present, bounds, 0.0)
     left = (1 - c.sum(-1, keepdim=True)).clamp(min=0)
-    ones = present.to(m.dtype)
+    ones = torch.where(present, 1 / norms, 0.0)
     system = torch.cat(
-        [torch.cat([m, ones.unsqueeze(-1)], -1), torch.cat([ones, torch.zeros_like(left)], -1).unsqueeze(-2)], -2
+        [torch.cat([cosines, ones.unsqueeze(-1)], -1), torch.cat([ones, torch.zeros_like(left)], -1).unsqueeze(-2)], -2
     )
-    right = torch.cat([-(m @ c.unsqueeze(-1)).squeeze(-1), left], -1)
-    x = (torch.linalg.pinv(system, hermitian=True) @ right.unsqueeze(-1)).squeeze(-1)[:, :-1]
+    right = torch.cat([-(cosines @ (norms * c).unsqueeze(-1)).squeeze(-1), left], -1)
+    inverse = torch.linalg.pinv(system, rtol=_NOISE, hermitian=True)
+    x = ones * (inverse @ right.unsqueeze(-1)).squeeze(-1)[:, :-1]
     weights = torch.where(present, c + _project_onto_simplex(x, present, left), 0.0)
     return torch.where(finite, weights, float("nan"))
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from fastmtl.checks import whole
 from fastmtl.losses import LossesLike, parse_losses, spread, stack_scalars
 from fastmtl.state import Stateful
 
@@ -21,6 +22,10 @@ class LossWeighting(Stateful):
     Passed where a gradient method is expected, it enters as ``w_t = d scalar / d L_t``; its own parameters then get
     their gradients too.
 
+    State moves in training mode only, as that of gradient methods. A direct call moves it with gradients enabled only:
+    one under ``torch.no_grad()`` is taken for validation. A call as a method (`fastmtl.backward`, `aggregate`,
+    `TaskGradients.combine`) is a training step also there.
+
     Attributes:
         num_tasks: T where the weighting is made for one number of tasks; None: any.
     """
@@ -29,6 +34,7 @@ class LossWeighting(Stateful):
 
     def __init__(self) -> None:
         super().__init__()
+        self._weights: Tensor | None = None
         self._last_versions: list[int] = []
         self._unchanged = 0
 
@@ -53,12 +59,25 @@ class LossWeighting(Stateful):
         parsed = parse_losses(losses, differentiable=False)
         if self.num_tasks is not None and len(parsed) != self.num_tasks:
             raise ValueError(f"losses: expected {self.num_tasks} tasks, found {len(parsed)}")
+        self.remember(parsed.names)
         self._watch()
         values = stack_scalars(parsed.present)
         if len(values) == len(parsed):
             return self.scalar(values, None)
         tasks = [t for t, x in enumerate(parsed.items) if x is not None]
         return self.scalar(values, tasks)
+
+    @property
+    def weights(self) -> Tensor | None:
+        """Those of the last call, ``[T]`` float64, 0 for absent tasks; None before and in compiled graphs."""
+        return self._weights
+
+    def note(self, weights: Tensor, tasks: Sequence[int] | None) -> None:
+        """Keep the weights of the present tasks, to be looked at."""
+        if torch.compiler.is_compiling():
+            return
+        weights = _wide(weights.detach())
+        self._weights = weights if tasks is None else spread(weights, tasks, self.num_tasks or len(tasks), fill=0.0)
 
     def _watch(self) -> None:
         """Warn once if this weighting's parameters get gradients that no optimizer uses."""
@@ -81,25 +100,33 @@ class LossWeighting(Stateful):
             losses: T scalars or None; taken as constants.
 
         Returns:
-            The scalar, differentiable in the weighting's own parameters, and the weights ``[T]`` in float64, 0 for
-            absent tasks.
+            The scalar, differentiable in the weighting's own parameters, and the weights ``[T]``, 0 for absent tasks;
+            both in float64 (on MPS, which has none, float32), whatever the losses' dtype.
+
+        Note:
+            Counts as a training step also under ``torch.no_grad()``, unless in evaluation mode.
         """
         with torch.enable_grad():
-            leaves = [None if x is None else x.detach().requires_grad_() for x in losses]
+            leaves = [None if x is None else _wide(x.detach()).requires_grad_() for x in losses]
             total = self(leaves)
             present = [x for x in leaves if x is not None]
             slopes = torch.autograd.grad(total, present, retain_graph=True, allow_unused=True)
         found = iter(slopes)
-        zero = total.detach().new_zeros(())
+        zero = torch.zeros_like(present[0])
         weights = [None if x is None else next(found) for x in leaves]
-        return total, torch.stack([zero if w is None else w for w in weights]).double()
+        return total, torch.stack([zero if w is None else w for w in weights])
+
+
+def _wide(loss: Tensor) -> Tensor:
+    """In as many digits as the device has: a slope is rounded to its loss's dtype."""
+    return loss.to(torch.float32 if loss.device.type == "mps" else torch.float64)
 
 
 class WeightedSum(LossWeighting):
     """Base class of the weightings whose weights are constants of the step: subclasses implement `weigh`.
 
-    State is float64 and moves in training mode only, with gradients enabled, and only where the losses of the tasks
-    that are present are finite. Where one is not, the weights are NaN, so that a GradScaler sees it.
+    State is float64 and moves as `LossWeighting` says, and only where the losses of the tasks that are present are
+    finite. Where one is not, the weights are NaN, so that a GradScaler sees it.
 
     Args:
         num_tasks: T.
@@ -109,9 +136,7 @@ class WeightedSum(LossWeighting):
 
     def __init__(self, num_tasks: int) -> None:
         super().__init__()
-        if num_tasks < 1:
-            raise ValueError(f"num_tasks: expected at least 1, found {num_tasks}")
-        self.num_tasks = num_tasks
+        self.num_tasks = whole("num_tasks", num_tasks, 1)
 
     def weigh(self, losses: Tensor, moves: Tensor) -> Tensor:
         """The weights of this step; advances the state. No host synchronisation.
@@ -138,4 +163,5 @@ class WeightedSum(LossWeighting):
             weights = torch.where(finite, weights, float("nan"))
             if tasks is not None:  # one by one: an index tensor would have to be sent to the device
                 weights = torch.stack([weights[t] for t in tasks])
+            self.note(weights, tasks)
         return (weights.to(losses.dtype) * losses).sum()

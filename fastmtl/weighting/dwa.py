@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmtl.checks import choice, real, whole
 from fastmtl.state import Epochs, commit
 from fastmtl.weighting.base import WeightedSum
 
@@ -27,11 +28,12 @@ class DWA(Epochs, WeightedSum):
         steps_per_epoch: Steps after which an epoch ends by itself; None: `end_epoch` is called.
         window: k: no epochs, as in the public code of Nash-MTL (there 25). ``r_t`` is the mean of the last k losses,
             this step's included, over the mean of the k before them. Losses before the first step count as 1, and the
-            weights are 1 in the first k + 1 steps: so the losses should be near 1 at first.
+            weights are 1 in the first k + 1 steps: so the losses should be near 1 at first. `end_epoch` does nothing.
         reduction: ``"sum"``: the scalar is ``sum_t w_t L_t`` (paper). ``"mean"``: that divided by the number of present
             tasks (the same public code).
 
     Raises:
+        TypeError: An option of the wrong type.
         ValueError: An option out of range, or both ``window`` and ``steps_per_epoch``.
         RuntimeError: `end_epoch` although epochs end by themselves.
 
@@ -68,22 +70,18 @@ class DWA(Epochs, WeightedSum):
         reduction: str = "sum",
     ) -> None:
         super().__init__(num_tasks)
-        if not temperature > 0:
-            raise ValueError(f"temperature: expected a positive number, found {temperature}")
-        if window is not None and window < 1:
-            raise ValueError(f"window: expected at least 1, found {window}")
+        self.temperature = real("temperature", temperature, 0, open=True)
+        self.window = None if window is None else whole("window", window, 1)
         if window is not None and steps_per_epoch is not None:
             raise ValueError(f"window: knows no epochs; drop steps_per_epoch={steps_per_epoch}")
-        if reduction not in REDUCTIONS:
-            raise ValueError(f"reduction: expected one of {REDUCTIONS}, found {reduction!r}")
-        self.temperature, self.window, self.reduction = temperature, window, reduction
+        self.reduction = choice("reduction", reduction, REDUCTIONS)
         self.register_epochs(steps_per_epoch)
-        if window is None:
-            self.register_state("means", (2, num_tasks), float("nan"))  # of the epoch before the last, of the last
-            self.register_state("sums", (num_tasks,))
-            self.register_state("counts", (num_tasks,))
+        if self.window is None:
+            self.register_state("means", (2, self.num_tasks), float("nan"))  # of the epoch before the last, of the last
+            self.register_state("sums", (self.num_tasks,))
+            self.register_state("counts", (self.num_tasks,))
         else:
-            self.register_state("history", (2 * window, num_tasks), 1.0)  # oldest first
+            self.register_state("history", (2 * self.window, self.num_tasks), 1.0)  # oldest first
 
     def weigh(self, losses: Tensor, moves: Tensor) -> Tensor:
         """See `WeightedSum.weigh`."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
+from fastmtl.checks import choice, real, whole
 from fastmtl.weighting.lbtw import LBTW
 
 
@@ -21,14 +24,15 @@ class HTW(LBTW):
         warmup: Share of ``total_steps`` in which the main task's weight grows.
         ramp: The weight at step i = 0, 1, ... of the warmup. ``"article"``: ``i / total_steps``, from 0 to ``warmup``,
             and then at once 1. ``"to_one"``: ``i / (warmup total_steps)``, from 0 to 1. ``(start, end)``: from start to
-            end.
+            end, both at least 0.
         alpha: See `LBTW`.
-        reset_each_epoch: See `LBTW`.
+        reset_each_epoch: See `LBTW`; without it `end_epoch` does nothing.
         steps_per_epoch: See `LBTW`.
         normalize: See `LBTW`; the main task's weight counts among the others.
 
     Raises:
-        ValueError: An option out of range.
+        TypeError: An option of the wrong type.
+        ValueError: An option out of range, or ``steps_per_epoch`` without ``reset_each_epoch``.
         RuntimeError: `end_epoch` although epochs end by themselves.
 
     Note:
@@ -66,20 +70,19 @@ class HTW(LBTW):
         normalize: str = "none",
     ) -> None:
         super().__init__(num_tasks, alpha, reset_each_epoch, steps_per_epoch, normalize)
-        if not isinstance(main, int) or not 0 <= main < num_tasks:
-            raise ValueError(f"main: expected an index in 0..{num_tasks - 1}, found {main!r}")
-        if total_steps < 1:
-            raise ValueError(f"total_steps: expected at least 1, found {total_steps}")
-        if not 0 <= warmup <= 1:
-            raise ValueError(f"warmup: expected a share of the steps in [0, 1], found {warmup}")
-        named = {"article": (0.0, warmup), "to_one": (0.0, 1.0)}
-        if isinstance(ramp, str) and ramp not in named:
-            raise ValueError(f"ramp: expected one of {tuple(named)} or (start, end), found {ramp!r}")
-        ends = named[ramp] if isinstance(ramp, str) else tuple(ramp)
-        if len(ends) != 2 or not all(0 <= x < float("inf") for x in ends):
-            raise ValueError(f"ramp: expected (start, end), two numbers >= 0, found {ramp!r}")
-        self.main, self.total_steps, self.warmup, self.ramp = main, total_steps, warmup, ramp
-        self._start, self._end = ends
+        self.main = whole("main", main, 0, self.num_tasks - 1)
+        self.total_steps = whole("total_steps", total_steps, 1)
+        self.warmup = real("warmup", warmup, 0, 1)
+        self.ramp = ramp
+        named = {"article": (0.0, self.warmup), "to_one": (0.0, 1.0)}
+        if not isinstance(ramp, Sequence):
+            raise TypeError(f"ramp: expected one of {tuple(named)} or (start, end), found {ramp!r}")
+        if isinstance(ramp, str):
+            self._start, self._end = named[choice("ramp", ramp, tuple(named))]
+        elif len(ramp) == 2:
+            self._start, self._end = real("ramp's start", ramp[0], 0), real("ramp's end", ramp[1], 0)
+        else:
+            raise ValueError(f"ramp: expected (start, end), found {ramp!r}")
 
     def balance(self, losses: Tensor, moves: Tensor) -> Tensor:
         """See `LBTW.balance`; the main task's weight is the schedule's."""

@@ -5,10 +5,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmtl.checks import choice, real
 from fastmtl.state import Epochs, commit
 from fastmtl.weighting.base import WeightedSum
 
-NORMALIZATIONS = ("none", "sum_to_one", "sum_to_num_tasks")
+NORMALIZE = ("none", "sum_to_one", "sum_to_num_tasks")
 
 
 class LBTW(Epochs, WeightedSum):
@@ -20,13 +21,14 @@ class LBTW(Epochs, WeightedSum):
     Args:
         num_tasks: T.
         alpha: 0: equal weights; 1: in proportion to the loss. Paper: 0.5.
-        reset_each_epoch: False: ``L_t^0`` is of the first batch of training. True: of each epoch, whose end is one
-            call, `end_epoch`, or comes by itself (paper, Algorithm 1).
+        reset_each_epoch: False: ``L_t^0`` is of the first batch of training, and `end_epoch` does nothing. True: of
+            each epoch, whose end is one call, `end_epoch`, or comes by itself (paper, Algorithm 1).
         steps_per_epoch: Steps after which an epoch ends by itself; None: `end_epoch` is called.
         normalize: ``"none"`` (paper); ``"sum_to_one"`` or ``"sum_to_num_tasks"``: what the weights of the present tasks
             are scaled to sum to: 1, or their number.
 
     Raises:
+        TypeError: An option of the wrong type.
         ValueError: An option out of range, or ``steps_per_epoch`` without ``reset_each_epoch``.
         RuntimeError: `end_epoch` although epochs end by themselves.
 
@@ -61,15 +63,12 @@ class LBTW(Epochs, WeightedSum):
         normalize: str = "none",
     ) -> None:
         super().__init__(num_tasks)
-        if not alpha >= 0:
-            raise ValueError(f"alpha: expected a number >= 0, found {alpha}")
+        self.alpha, self.reset_each_epoch = real("alpha", alpha, 0), reset_each_epoch
+        self.normalize = choice("normalize", normalize, NORMALIZE)
         if steps_per_epoch is not None and not reset_each_epoch:
             raise ValueError(f"steps_per_epoch: {steps_per_epoch} has no effect without reset_each_epoch=True")
-        if normalize not in NORMALIZATIONS:
-            raise ValueError(f"normalize: expected one of {NORMALIZATIONS}, found {normalize!r}")
-        self.alpha, self.reset_each_epoch, self.normalize = alpha, reset_each_epoch, normalize
         self.register_epochs(steps_per_epoch)
-        self.register_state("initial_losses", (num_tasks,), float("nan"))
+        self.register_state("initial_losses", (self.num_tasks,), float("nan"))
 
     def balance(self, losses: Tensor, moves: Tensor) -> Tensor:
         """The weights before `normalize`; advances ``L^0``. As `WeightedSum.weigh`."""

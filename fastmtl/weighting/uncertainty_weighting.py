@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
+from fastmtl.checks import choice, real, whole
 from fastmtl.weighting.base import LossWeighting
 
 KINDS = ("regression", "classification")
@@ -40,12 +41,14 @@ class UncertaintyWeighting(LossWeighting):
         variant: See above.
 
     Raises:
-        ValueError: ``num_tasks`` < 1, an unknown kind or variant, a kind with a variant that knows none, or ``init=0``
-            for ``"liebel"``.
+        TypeError: An option of the wrong type.
+        ValueError: ``num_tasks`` < 1, an ``init`` that is not finite, an unknown kind or variant, a kind with a variant
+            that knows none, or ``init=0`` for ``"liebel"``.
 
     Note:
         Cost: O(T), one ordinary backward pass. As a method (`fastmtl.backward`, ...) the weights are the factors of
-        ``L``. Absent tasks leave their ``s_t`` without a gradient.
+        ``L``. The gradient of an absent task's ``s_t`` is 0, not missing, as ``s`` is one parameter: plain gradient
+        descent leaves it alone, but an optimizer with momentum, such as Adam, moves it on.
 
     Reference:
         Kendall, Gal, Cipolla, "Multi-Task Learning Using Uncertainty to Weigh Losses for Scene Geometry and
@@ -69,26 +72,23 @@ class UncertaintyWeighting(LossWeighting):
         variant: str = "kendall",
     ) -> None:
         super().__init__()
-        if num_tasks < 1:
-            raise ValueError(f"num_tasks: expected at least 1, found {num_tasks}")
-        if variant not in VARIANTS:
-            raise ValueError(f"variant: expected one of {VARIANTS}, found {variant!r}")
+        self.num_tasks = whole("num_tasks", num_tasks, 1)
+        self.variant = choice("variant", variant, VARIANTS)
         if kind is not None and variant != "kendall":
             raise ValueError(f"kind: variant={variant!r} knows none, found {kind!r}")
         kind = "classification" if kind is None else kind
-        kinds = [kind] * num_tasks if isinstance(kind, str) else list(kind)
-        if len(kinds) != num_tasks:
-            raise ValueError(f"kind: expected one per task ({num_tasks}), found {len(kinds)}")
+        kinds = [kind] * self.num_tasks if isinstance(kind, str) else kind
+        if not isinstance(kinds, Sequence):
+            raise TypeError(f"kind: expected one of {KINDS}, or one per task, found {kind!r}")
+        if len(kinds) != self.num_tasks:
+            raise ValueError(f"kind: expected one per task ({self.num_tasks}), found {len(kinds)}")
         for t, k in enumerate(kinds):
-            if k not in KINDS:
-                raise ValueError(f"kind of task {t}: expected one of {KINDS}, found {k!r}")
-        if init is None:
-            init = 1.0 if variant == "liebel" else 0.0
-        if init == 0 and variant == "liebel":
+            choice(f"kind of task {t}", k, KINDS)
+        self.kind = kind if variant == "kendall" else None
+        self.init = (1.0 if variant == "liebel" else 0.0) if init is None else real("init", init)
+        if self.init == 0 and variant == "liebel":
             raise ValueError(f"init: variant='liebel' divides by it, found {init}")
-        self.num_tasks = num_tasks
-        self.variant = variant
-        self.s = nn.Parameter(torch.full((num_tasks,), float(init)))
+        self.s = nn.Parameter(torch.full((self.num_tasks,), self.init))
         factor = torch.tensor([0.5 if k == "regression" else 1.0 for k in kinds])
         self.register_buffer("factor", factor, persistent=False)
 
@@ -99,12 +99,15 @@ class UncertaintyWeighting(LossWeighting):
         if tasks is not None:  # one by one: an index tensor would have to be sent to the device
             s, factor = torch.stack([s[t] for t in tasks]), torch.stack([factor[t] for t in tasks])
         if self.variant == "kendall":
-            return (factor * torch.exp(-s) * losses + 0.5 * s).sum()
-        if self.variant == "gal":
-            return (torch.exp(-s) * losses + s).sum()
-        if self.variant == "liebel":
-            return (losses / (2 * s**2) + torch.log1p(s**2)).sum()
-        return (0.5 * torch.exp(-2 * s) * losses + softplus(s)).sum()
+            weights, penalty = factor * torch.exp(-s), 0.5 * s
+        elif self.variant == "gal":
+            weights, penalty = torch.exp(-s), s
+        elif self.variant == "liebel":
+            weights, penalty = 0.5 / s**2, torch.log1p(s**2)
+        else:
+            weights, penalty = 0.5 * torch.exp(-2 * s), softplus(s)
+        self.note(weights, tasks)
+        return (weights * losses + penalty).sum()
 
     def parameter_group(self, **options: Any) -> dict[str, Any]:
         """The parameter group for the optimizer: ``s`` without weight decay, and any other ``options``."""

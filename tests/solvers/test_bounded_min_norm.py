@@ -153,6 +153,21 @@ def test_permutation_and_scale() -> None:
                 np.testing.assert_allclose(solvers.min_norm(m * factor, lower_bounds=bounds)[0], weights, atol=1e-13)
 
 
+@pytest.mark.parametrize("exponent", [1023, 996, -996, -1029])
+def test_ends_of_the_range(exponent: int) -> None:
+    """Sums of the Gramian's entries overflow, or the inverse of its squared norms does."""
+    rng = np.random.default_rng(19)
+    for num_tasks in (1, 2, 3, 5):
+        m = gramian(few_digits(random(rng, num_tasks)))
+        m = np.ldexp(m, exponent - int(np.ceil(np.log2(m.max()))))
+        for slack in (0.8, 1e-3, 1e-10, 1e-15):
+            bounds = random_bounds(rng, num_tasks, slack)
+            weights, gap = solvers.min_norm(m, lower_bounds=bounds)
+            assert weights.sum() == pytest.approx(1, abs=1e-15)
+            np.testing.assert_allclose(weights, oracles.bounded_min_norm(m, bounds), rtol=0, atol=1e-13)
+            assert 0 <= gap <= 1e-13 * m.max()
+
+
 @pytest.mark.parametrize("garbage", [np.nan, np.inf, -1e6])
 def test_the_bounds_of_absent_tasks_are_dropped(garbage: float) -> None:
     rng = np.random.default_rng(17)
@@ -177,6 +192,11 @@ def test_not_finite() -> None:
     assert np.isnan(weights[1]).all()
     assert np.isnan(gap[1])
     assert_feasible(weights[[0, 2]], np.array([0.5, 0, 0]))
+    for inner in (1e200, -1e200):  # of no gradients: its products overflow in any unit
+        for c in (0.0, 0.1):
+            weights, gap = solvers.min_norm(np.array([[1e-200, inner], [inner, 1e-200]]), lower_bounds=[c, c])
+            assert np.isnan(weights).all()
+            assert np.isnan(gap)
     bounds = torch.tensor([[0.2, torch.nan, 0.0]], dtype=torch.float64)
     for solve in (ops.min_norm, reference.min_norm):
         weights, gap = solve(torch.eye(3, dtype=torch.float64)[None], None, bounds)

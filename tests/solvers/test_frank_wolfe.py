@@ -100,8 +100,8 @@ def test_operator_and_reference_agree(start: str) -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"max_iter": -1}, "max_iter: expected a number of steps, found -1"),
-        ({"tol": -0.1}, "tol: expected 0 or more, found -0.1"),
+        ({"max_iter": -1}, "max_iter: .* found -1"),
+        ({"tol": -0.1}, "tol: .* found -0.1"),
         ({"tol": float("nan")}, "tol: .* found nan"),
         ({"start": "zero"}, "start: expected .* found 'zero'"),
     ],

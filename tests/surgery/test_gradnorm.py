@@ -149,6 +149,24 @@ def test_absent_tasks_keep_their_weight_and_take_no_part_in_the_means() -> None:
     assert method.initial_losses[1].isnan()
 
 
+def test_absent_tasks_keep_their_moments() -> None:
+    method, alone = GradNorm(optimizer="adam"), GradNorm(optimizer="adam")
+    data, mask = steps(8), torch.tensor([True, False, True, True])
+    for jacobian, losses in data[:4]:
+        for m in (method, alone):
+            m(jacobian @ jacobian.T, losses=losses)
+    before = method.moments[:, 1].clone()
+    assert (before != 0).all()
+    for jacobian, losses in data[4:]:
+        method(jacobian @ jacobian.T, losses=losses, mask=mask)
+    assert torch.equal(method.moments[:, 1], before)
+    assert (method.moments[:, mask] != alone.moments[:, mask]).all()
+
+
+def test_without_adam_there_are_no_moments() -> None:
+    assert "moments" not in GradNorm().state_dict()
+
+
 def test_a_task_that_comes_late_starts_with_its_own_first_loss() -> None:
     method, gramian = GradNorm(), torch.eye(3, dtype=torch.float64)
     method(gramian, losses=torch.tensor([2.0, math.nan, 3.0]), mask=torch.tensor([True, False, True]))
@@ -181,7 +199,7 @@ def test_a_fresh_object_resumes_bitwise(options: dict) -> None:
     """Also in the middle of an epoch."""
     data = steps(8)
     method, fresh = GradNorm(**options), GradNorm(**options)
-    GradNorm().load_state_dict(method.state_dict(), strict=True)  # also before the first step
+    GradNorm(**options).load_state_dict(method.state_dict(), strict=True)  # also before the first step
     for jacobian, losses in data[:4]:
         method(jacobian @ jacobian.T, losses=losses)
     fresh.load_state_dict(method.state_dict(), strict=True)
@@ -219,7 +237,11 @@ def test_a_step_that_is_not_finite_moves_nothing(where: str, options: dict) -> N
 @pytest.mark.parametrize(
     ("options", "error"),
     [
-        ({"lr": 0.0}, "lr.*0.0"),
+        ({"lr": 0.0}, r"lr: expected a number in \(0, inf\), found 0.0"),
+        ({"lr": math.nan}, "lr: .*nan"),
+        ({"lr": math.inf}, "lr: .*inf"),
+        ({"alpha": math.nan}, "alpha: .*nan"),
+        ({"alpha": -1}, r"alpha: expected a number in \[0, inf\), found -1"),
         ({"optimizer": "lbfgs"}, "'lbfgs'"),
         ({"min_weight": 1.0}, "min_weight.*1.0"),
         ({"renormalize": "never"}, "renormalize: .*'never'"),
@@ -238,7 +260,7 @@ def test_errors_of_a_call() -> None:
     method = GradNorm()
     with pytest.raises(ValueError, match="GradNorm needs the values"):
         method(torch.eye(2))
-    with pytest.raises(ValueError, match=r"losses: expected shape \[2\], found \[3\]"):
+    with pytest.raises(ValueError, match=r"losses: expected 2 tasks, found 3"):
         method(torch.eye(2), losses=torch.ones(3))
     with pytest.raises(ValueError, match="only one group of parameters, found 2"):
         method(torch.eye(2).expand(2, 2, 2), losses=torch.ones(2))

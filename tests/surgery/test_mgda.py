@@ -138,6 +138,8 @@ def test_normalized_gradients_are_what_is_solved(normalization: str, solver: str
         expected = MGDA(solver)(rows @ rows.T)
         raw = MGDA(solver, normalization=normalization)(jacobian @ jacobian.T, losses=losses)
         torch.testing.assert_close(raw @ rows, expected @ rows, rtol=0, atol=1e-9 * float(rows.norm()))
+        if normalization == "none":
+            continue
         scaled = MGDA(solver, normalization=normalization, apply_to="normalized")
         found = scaled(jacobian @ jacobian.T, losses=losses)
         torch.testing.assert_close(found @ jacobian, expected @ rows, rtol=0, atol=1e-9 * float(rows.norm()))
@@ -231,13 +233,25 @@ def test_ub_with_losses_in_the_layer() -> None:
     ("options", "message"),
     [
         ({"solver": "slsqp"}, "solver: expected 'exact' or 'frank_wolfe', found 'slsqp'"),
-        ({"max_iter": -1}, "max_iter: expected a number of steps, found -1"),
-        ({"tol": -1.0}, "tol: expected 0 or more, found -1.0"),
-        ({"start": "random"}, "start: expected .* found 'random'"),
-        ({"normalization": "l1"}, "normalization: expected one of .* found 'l1'"),
+        ({"solver": "frank_wolfe", "max_iter": -1}, "max_iter: expected at least 0, found -1"),
+        ({"solver": "frank_wolfe", "tol": -1.0}, r"tol: expected a number in \[0, inf\), found -1.0"),
+        ({"solver": "frank_wolfe", "tol": math.inf}, "tol: .* found inf"),
+        ({"solver": "frank_wolfe", "start": "random"}, "start: expected 'uniform' or 'pair', found 'random'"),
+        ({"normalization": "l1"}, "normalization: expected 'none', 'l2', 'loss' or 'loss[+]', found 'l1'"),
         ({"apply_to": "both"}, "apply_to: expected 'raw' or 'normalized', found 'both'"),
+        ({"max_iter": 250}, "max_iter: 250 has no effect without solver='frank_wolfe'"),
+        ({"tol": 0.0}, "tol: 0.0 has no effect without solver='frank_wolfe'"),
+        ({"start": "uniform"}, "start: 'uniform' has no effect without solver='frank_wolfe'"),
+        ({"apply_to": "normalized"}, "apply_to: 'normalized' has no effect without a normalization"),
     ],
 )
 def test_errors(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         MGDA(**options)
+
+
+def test_defaults_of_frank_wolfe() -> None:
+    jacobian = jacobians()[0]
+    gramian = jacobian @ jacobian.T
+    written = MGDA("frank_wolfe", max_iter=250, tol=1e-5, start="uniform")
+    assert MGDA("frank_wolfe")(gramian).tolist() == written(gramian).tolist()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 
@@ -51,6 +52,19 @@ def test_a_fresh_object_resumes_bitwise(name: str, num_steps: int) -> None:
     assert_same_state(weighting, fresh)
 
 
+@pytest.mark.parametrize("absent", [None, 1])
+@pytest.mark.parametrize("name", ALL)
+def test_the_weights_of_the_last_call_can_be_looked_at(name: str, absent: int | None) -> None:
+    weighting = ALL[name]()
+    assert weighting.weights is None
+    for values in random_losses(9, 3):
+        losses = [None if t == absent else x for t, x in enumerate(leaves(values))]
+        weighting(losses).backward()
+        slopes = torch.tensor([0.0 if x is None else float(x.grad) for x in losses], dtype=torch.float64)
+        torch.testing.assert_close(weighting.weights, slopes, rtol=1e-5, atol=0)
+    assert not weighting.weights.requires_grad
+
+
 @pytest.mark.parametrize("name", STATEFUL)
 def test_casting_the_model_keeps_the_state(name: str) -> None:
     weighting = trained(STATEFUL[name])
@@ -58,9 +72,10 @@ def test_casting_the_model_keeps_the_state(name: str) -> None:
         nn.ModuleList([weighting]).half()
 
 
+@pytest.mark.parametrize("num_steps", [0, 10])  # validation before the first step of training, too
 @pytest.mark.parametrize("name", STATEFUL)
-def test_evaluation_moves_nothing(name: str) -> None:
-    weighting = trained(STATEFUL[name])
+def test_evaluation_moves_nothing(name: str, num_steps: int) -> None:
+    weighting = trained(STATEFUL[name], num_steps)
     data = [leaves(x) for x in random_losses(5, 3)]
     with assert_untouched(weighting):
         with torch.no_grad():
@@ -71,13 +86,28 @@ def test_evaluation_moves_nothing(name: str) -> None:
             weighting(losses).backward()
         with torch.inference_mode():
             assert weighting(torch.ones(3)).isfinite()
+        weighting.slopes([*torch.ones(3)])
+    training = copy.deepcopy(weighting).train()
+    assert step(weighting, [1.0, None, 0.5]) == step(training, [1.0, None, 0.5])
 
 
+@pytest.mark.parametrize("name", STATEFUL)
+def test_as_a_method_a_call_without_gradients_is_a_step_of_training(name: str) -> None:
+    weighting, other = trained(STATEFUL[name]), trained(STATEFUL[name])
+    other.load_state_dict(weighting.state_dict())
+    losses = torch.tensor([1.0, 2.0, 3.0])
+    with torch.no_grad():
+        fastmtl.aggregate(torch.eye(3), weighting, losses=losses)
+    step(other, losses.tolist())
+    assert_same_state(weighting, other)
+
+
+@pytest.mark.parametrize("num_steps", [0, 10])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
 @pytest.mark.parametrize("name", STATEFUL)
-def test_a_loss_that_is_not_finite_moves_nothing(name: str, value: float) -> None:
+def test_a_loss_that_is_not_finite_moves_nothing(name: str, value: float, num_steps: int) -> None:
     """The weights are NaN, for a GradScaler to see; training goes on as if the step had not been."""
-    weighting = trained(STATEFUL[name])
+    weighting = trained(STATEFUL[name], num_steps)
     with assert_untouched(weighting):
         found = step(weighting, [1.0, value, None])
     assert math.isnan(found[0])
@@ -103,6 +133,25 @@ def test_dtypes(name: str) -> None:
     for dtype, wide in ((torch.bfloat16, torch.float32), (torch.float16, torch.float32), (torch.float64,) * 2):
         losses = torch.tensor([1.0, 2.0, 3.0], dtype=dtype)
         assert ALL[name]()(losses).dtype == wide
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ALL)
+def test_weights_are_not_rounded_to_the_losses_dtype(name: str, dtype: torch.dtype) -> None:
+    weighting, other = trained(ALL[name]), ALL[name]()
+    for p in weighting.parameters():
+        nn.init.uniform_(p, 0.5, 1.5)
+    other.load_state_dict(weighting.state_dict())
+    losses = torch.tensor([0.3, 0.7, 1.1], dtype=dtype)
+    expected = torch.autograd.functional.jacobian(lambda x: other(x), losses.double())
+    found = fastmtl.aggregate(torch.eye(3), weighting, losses=losses).weights
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
+
+
+def test_weights_beyond_the_range_of_the_losses_dtype() -> None:
+    losses = torch.ones(2, dtype=torch.float16)
+    out = fastmtl.aggregate(torch.eye(2), UncertaintyWeighting(2, init=-12), losses=losses)
+    assert out.weights.tolist() == pytest.approx([math.exp(12)] * 2, rel=1e-6)
 
 
 @pytest.mark.parametrize("name", ALL)

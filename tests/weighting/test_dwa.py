@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastmtl import DWA
-from tests.asserts import assert_same_state
+from tests.asserts import assert_same_state, assert_untouched
 from tests.weighting.literal import assert_steps, dwa, dwa_window, random_losses, step
 
 
@@ -85,6 +85,14 @@ def test_rates_that_are_unknown_count_as_one(window: int | None) -> None:
     assert found == pytest.approx((3 * torch.softmax(rates / 2, 0)).tolist())
 
 
+def test_with_a_window_the_end_of_an_epoch_is_nothing() -> None:
+    weighting = DWA(2, window=1)
+    for losses in random_losses(3, 2):
+        step(weighting, losses)
+    with assert_untouched(weighting):
+        weighting.end_epoch()
+
+
 def test_an_epoch_without_a_step_is_none() -> None:
     weighting, other = DWA(2), DWA(2)
     for losses in ([1.0, 2.0], [3.0, 2.0]):
@@ -101,6 +109,7 @@ def test_an_epoch_without_a_step_is_none() -> None:
         ({"num_tasks": 0}, "num_tasks: expected at least 1, found 0"),
         ({"temperature": 0.0}, "temperature.*0.0"),
         ({"temperature": float("nan")}, "temperature.*nan"),
+        ({"temperature": float("inf")}, "temperature.*inf"),
         ({"steps_per_epoch": 0}, "steps_per_epoch: expected at least 1, found 0"),
         ({"window": 0}, "window: expected at least 1, found 0"),
         ({"window": 2, "steps_per_epoch": 7}, "window: knows no epochs; drop steps_per_epoch=7"),

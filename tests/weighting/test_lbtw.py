@@ -75,6 +75,7 @@ def test_guards(normalize: str) -> None:
         ({"num_tasks": -1}, "num_tasks: expected at least 1, found -1"),
         ({"alpha": -0.5}, "alpha: .*-0.5"),
         ({"alpha": float("nan")}, "alpha: .*nan"),
+        ({"alpha": float("inf")}, "alpha: .*inf"),
         ({"steps_per_epoch": 4}, "steps_per_epoch: 4 has no effect without reset_each_epoch=True"),
         ({"steps_per_epoch": 0, "reset_each_epoch": True}, "steps_per_epoch: expected at least 1, found 0"),
         ({"normalize": "softmax"}, "normalize: .*'softmax'"),

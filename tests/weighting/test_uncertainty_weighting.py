@@ -88,6 +88,21 @@ def test_optimum_is_the_loss_itself() -> None:
     torch.testing.assert_close(weighting.s.grad, torch.zeros(2), atol=1e-6, rtol=0)
 
 
+def test_adam_moves_absent_tasks_on() -> None:
+    """As documented: their gradient is 0, not missing; without momentum they stay."""
+    for kind, moves in ((torch.optim.Adam, True), (torch.optim.SGD, False)):
+        weighting = UncertaintyWeighting(2)
+        optimizer = kind([weighting.parameter_group(lr=0.1)])
+        seen = []
+        for losses in ([torch.tensor(3.0)] * 2, [torch.tensor(3.0), None]):
+            optimizer.zero_grad()
+            weighting(losses).backward()
+            optimizer.step()
+            seen.append(weighting.s[1].item())
+        assert seen[0] != 0
+        assert (seen[1] != seen[0]) == moves
+
+
 def test_absent_tasks_take_no_part() -> None:
     weighting = UncertaintyWeighting(3, KINDS, init=0.7)
     a, c = torch.tensor(1.0), torch.tensor(2.0)
@@ -147,6 +162,8 @@ def test_errors() -> None:
         UncertaintyWeighting(2, "regression", variant="gal")
     with pytest.raises(ValueError, match="init: variant='liebel' divides by it"):
         UncertaintyWeighting(2, init=0.0, variant="liebel")
+    with pytest.raises(ValueError, match=r"init: .* found nan"):
+        UncertaintyWeighting(2, init=math.nan)
     for losses in ([torch.tensor(1.0)], [torch.tensor(1.0), None, None]):
         with pytest.raises(ValueError, match="losses: expected 2 tasks, found"):
             UncertaintyWeighting(2)(losses)
