@@ -15,7 +15,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.losses import Losses
 from fastmtl.rows import Rows, constant_mask
-from fastmtl.surgery.base import GradientMethod, Step, make_step
+from fastmtl.surgery.base import GradientMethod, Step
 from fastmtl.weighting.base import LossWeighting
 
 Method = GradientMethod | LossWeighting
@@ -105,7 +105,7 @@ def drop_nonfinite(step: Step) -> tuple[Step, Tensor]:
     bad = (~step.gramian.diagonal(dim1=-2, dim2=-1).isfinite() & step.present).any(0)
     if step.losses is not None:
         bad = bad | (~step.losses.isfinite() & step.present.any(0))
-    return make_step(step.gramian, step.present & ~bad, step.losses), ~bad
+    return Step(step.gramian, step.present & ~bad, step.losses), ~bad
 
 
 @dataclass(frozen=True)
@@ -169,7 +169,7 @@ def decide(
     values = None
     if losses is not None and (method.needs_losses or nonfinite != "propagate"):
         values = losses.values().to(gramian.device)
-    step = make_step(gramian, mask, values)
+    step = Step(gramian, mask, values)
     kept = None
     if nonfinite == "drop_task":
         step, kept = drop_nonfinite(step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -23,14 +24,12 @@ class Step:
         mask: bool ``[K, T]``: which task reaches which group; None if all do. Absent entries of the Gramian may hold
             anything.
         losses: raw loss values ``[T]`` float64, NaN where a task is absent; None unless the method ``needs_losses``.
-        finite: bool scalar: the present Gramian entries and losses are finite.
         training: The method is in training mode: state may move.
     """
 
     gramian: Tensor
     mask: Tensor | None
     losses: Tensor | None
-    finite: Tensor
     training: bool = True
 
     @property
@@ -40,32 +39,31 @@ class Step:
             return self.mask
         return torch.ones(self.gramian.shape[:2], dtype=torch.bool, device=self.gramian.device)
 
+    @cached_property
+    def finite(self) -> Tensor:
+        """Whether the present Gramian entries and losses are finite, bool scalar."""
+        zeros = self.gramian * 0  # NaN where not finite: faster than isfinite()
+        if self.mask is not None:
+            zeros = torch.where(self.mask.unsqueeze(-1) & self.mask.unsqueeze(-2), zeros, 0.0)
+        finite = zeros.sum() == 0
+        if self.losses is not None:
+            there = self.losses.isfinite()
+            finite = finite & (there if self.mask is None else there | ~self.mask.any(0)).all()
+        return finite
+
     def commit(self, state: Tensor, new: Tensor) -> None:
         """Store ``new`` in the buffer ``state``, in training, if this step is finite (AMP overflows are not)."""
         if self.training:
             commit(state, new, self.finite)
 
 
-def make_step(gramian: Tensor, mask: Tensor | None, losses: Tensor | None) -> Step:
-    """A `Step`, with ``finite`` worked out on the device."""
-    zeros = gramian * 0  # NaN where not finite: faster than isfinite()
-    if mask is not None:
-        zeros = torch.where(mask.unsqueeze(-1) & mask.unsqueeze(-2), zeros, 0.0)
-    finite = zeros.sum() == 0
-    if losses is not None:
-        absent = torch.zeros_like(losses, dtype=torch.bool) if mask is None else ~mask.any(0)
-        finite = finite & (losses.isfinite() | absent).all()
-    return Step(gramian, mask, losses, finite)
-
-
 def _nearly_symmetric(m: Tensor) -> bool:
     """Symmetric up to the rounding of float32; entries that are not finite do not count."""
-    difference = m - m.mT
-    squares = m.diagonal(dim1=-2, dim2=-1).abs()
-    if float(torch.linalg.vector_norm(difference, float("inf"))) <= 1e-5 * float(squares.amin()):
+    smallest = float(m.diagonal(dim1=-2, dim2=-1).amin())
+    if float(torch.dist(m, m.mT, float("inf"))) <= 1e-5 * smallest:
         return True  # the bound below at its smallest: settles it cheaply in most cases
-    scale = squares.sqrt()
-    return not bool((difference.abs() > 1e-5 * scale.unsqueeze(-1) * scale.unsqueeze(-2)).any())
+    scale = m.diagonal(dim1=-2, dim2=-1).abs().sqrt()
+    return not bool(((m - m.mT).abs() > 1e-5 * scale.unsqueeze(-1) * scale.unsqueeze(-2)).any())
 
 
 class GradientMethod(Stateful):
@@ -156,7 +154,7 @@ class GradientMethod(Stateful):
             if len(parsed) != m.shape[-1]:
                 raise ValueError(f"losses: expected {m.shape[-1]} tasks, found {len(parsed)}")
             values = parsed.values().to(m.device)
-        weights = self.weigh(make_step(m.contiguous(), present, values))
+        weights = self.weigh(Step(m.contiguous(), present, values))
         return weights if gramian.dim() == 3 else weights[0]
 
 
