@@ -84,29 +84,35 @@ def bars(axes: Axes, content: Sequence[Bar | str], title: str, unit: str, log: b
 
 
 def kernels(rows: Sequence[Row]) -> Figure:
-    """Gramian and combine over a plain read, and the Gramian against MKL's product."""
-    figure = Figure(figsize=(15, 6.5), layout="constrained")
-    left, middle, right = figure.subplots(1, 3)
-    for axes, question in ((left, "gram"), (right, "combine")):
-        content: list[Bar | str] = []
-        mine = [r for r in rows if r.question == question and not r.provider.startswith("read")]
-        for shape in dict.fromkeys(_shape(r) for r in mine):
-            content.append(shape)
-            for r in mine:
-                if _shape(r) == shape:
-                    wanted = 1.1 if question == "gram" and _plain(r) and r.T <= 16 else None
-                    color = OURS if r.provider == "fastmtl" else LIGHT if "fastmtl" in r.provider else OTHER
-                    content.append(Bar(r.provider, r.ratio, color, wanted))
-        bars(axes, content, question, "time / time of one plain read of the gradients", log=question == "gram")
-    gram = [r for r in rows if r.question == "gram"]
+    """Gramian (fp32, 16 bit, AVX2) and combine over a plain read, and the Gramian against MKL's product."""
+    figure = Figure(figsize=(15, 9.5), layout="constrained")
+    (fp32, half), (product, combine) = figure.subplots(2, 2)
+    unit = "time / time of one plain read of the fp32 gradients"
+    gram = [r for r in rows if r.question == "gram" and not r.provider.startswith("read")]
+    single = [r for r in gram if r.dtype == "float32" and "alone, avx2" not in r.provider]
+    bars(fp32, _over_read(single, 1.1), "gram, float32", unit, log=True)
+    bars(half, _over_read([r for r in gram if r.dtype != "float32"], None), "gram, 16 bit", unit, log=True)
+    combines = [r for r in rows if r.question == "combine" and not r.provider.startswith("read")]
+    bars(combine, _over_read(combines, None), "combine", unit)
     theirs = {r.T: r.ratio for r in gram if "G @ G.T" in r.provider and r.dtype == "float32"}
-    content = [
+    content: list[Bar | str] = [
         Bar(_shape(r), theirs[r.T] / r.ratio, OURS, {40: 4.0, 128: 3.3}.get(r.T))
         for r in gram
         if _plain(r) and r.T in theirs
     ]
-    bars(middle, content, "gram against torch's G @ G.T", FASTER)
+    bars(product, content, "gram against torch's G @ G.T", FASTER)
     return figure
+
+
+def _over_read(rows: Sequence[Row], wanted: float | None) -> list[Bar | str]:
+    content: list[Bar | str] = []
+    for shape in dict.fromkeys(_shape(r) for r in rows):
+        content.append(shape)
+        for r in rows:
+            if _shape(r) == shape:
+                color = OURS if r.provider == "fastmtl" else LIGHT if "fastmtl" in r.provider else OTHER
+                content.append(Bar(r.provider, r.ratio, color, wanted if _plain(r) and r.T <= 16 else None))
+    return content
 
 
 def _plain(row: Row) -> bool:
