@@ -81,18 +81,18 @@ struct CudaCall {
 
 // ---- gram and combine -------------------------------------------------------------------------------------------
 
-Tensor gram(const TensorRows& rows) {
+Tensor gram(const TensorRows& rows, bool fast) {
   const auto& r = rows.rows();
   Tensor gramian = new_double({r.num_groups, r.num_tasks, r.num_tasks}, rows.device());
   double* out = gramian.mutable_data_ptr<double>();
 #ifdef WITH_CUDA
   if (rows.is_cuda()) {
     CudaCall call(rows.device().index());
-    CudaCall::check(gram_cuda(r, call.scratch(gram_cuda_scratch(r)), out, call.stream), "gram");
+    CudaCall::check(gram_cuda(r, call.scratch(gram_cuda_scratch(r)), out, call.stream, fast), "gram");
     return gramian;
   }
 #endif
-  gram_cpu(r, out);
+  gram_cpu(r, out);  // fp32 products are no faster there for being less exact
   return gramian;
 }
 
@@ -110,15 +110,16 @@ void combine_into(const TensorRows& rows, const Tensor& weights, std::vector<voi
   combine_cpu(r, w, out.data(), accumulate);
 }
 
-// gram(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, int num_groups) -> Tensor
+// gram(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, int num_groups, bool fast=False) -> Tensor
 void gram_boxed(StableIValue* stack, uint64_t, uint64_t) {
   TensorList list(stack[0]);
   auto num_tasks = to<int64_t>(stack[1]);
   auto stacked = to<bool>(stack[2]);
   auto groups = to<OptionalInts>(stack[3]);
   auto num_groups = to<int64_t>(stack[4]);
+  auto fast = to<bool>(stack[5]);
   TensorRows rows("gram", list, num_tasks, stacked, groups, num_groups);
-  stack[0] = from(gram(rows));
+  stack[0] = from(gram(rows, fast));
 }
 
 // combine(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights) -> Tensor[]
@@ -273,7 +274,7 @@ void implement(Library& m) {
 }  // namespace fastmtl
 
 STABLE_TORCH_LIBRARY(fastmtl, m) {
-  m.def("gram(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, int num_groups) -> Tensor");
+  m.def("gram(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, int num_groups, bool fast=False) -> Tensor");
   m.def("combine(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights) -> Tensor[]");
   m.def("combine_(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights, Tensor(a!)[] out) -> ()");
   m.def("min_norm(Tensor gramian, Tensor? mask, Tensor? lower_bounds=None) -> (Tensor, Tensor)");

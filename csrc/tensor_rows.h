@@ -222,12 +222,18 @@ class TensorRows {
     if (v.dtype == aoti_torch_dtype_float16()) return Scalar::f16;
     fail("parameter " + std::to_string(p) + ": expected float32, float64, bfloat16 or float16 gradients");
   }
-  void check_device(const TensorView& v, int64_t p) {
+  static std::string device_text(int32_t type, int32_t index) {
+    if (type == aoti_torch_device_type_cpu()) return "cpu";
+    return (type == aoti_torch_device_type_cuda() ? "cuda:" : "another device:") + std::to_string(index);
+  }
+  // `what`: the task, or the output.
+  void check_device(const TensorView& v, int64_t p, const std::string& what) {
     if (device_type_ < 0) {
       device_type_ = v.device_type;
       device_index_ = v.device_index;
     } else if (v.device_type != device_type_ || v.device_index != device_index_) {
-      fail("parameter " + std::to_string(p) + ": all gradients must be on one device");
+      fail("parameter " + std::to_string(p) + ", " + what + ": on " + device_text(v.device_type, v.device_index) +
+           ", the others on " + device_text(device_type_, device_index_) + "; all must be on one device");
     }
   }
 
@@ -238,9 +244,12 @@ class TensorRows {
     if (v.dim < 1 || v.sizes[0] != num_tasks_)
       fail("parameter " + std::to_string(p) + ": expected a stacked gradient of shape [" + std::to_string(num_tasks_) +
            ", ...], found " + shape_text(v.sizes, v.dim));
-    check_device(v, p);
+    check_device(v, p, "stacked");
     TensorView row = v.row();
-    if (output) check_like(row, TensorView(output), p, 0);
+    if (output) {
+      check_device(TensorView(output), p, "output");
+      check_like(row, TensorView(output), p, 0);
+    }
     bool fits = is_dense(row) && (!output || same_strides(row, TensorView(output)));
     if (!fits && output && !is_row_major(TensorView(output)))
       fail("parameter " + std::to_string(p) + ": pass separate rows where the output is not row-major");
@@ -269,7 +278,9 @@ class TensorRows {
         continue;
       }
       TensorView v(h);
-      check_device(v, p);
+      if (v.device_type != device_type_ || v.device_index != device_index_) {
+        check_device(v, p, "task " + std::to_string(t));
+      }
       if (!expected) {
         if (!is_dense(v)) {
           h = keep(torch::stable::contiguous(borrow(h)));
@@ -292,7 +303,7 @@ class TensorRows {
       params_.push_back({to, 0, Scalar::f32, static_cast<int32_t>(group)});
       return;
     }
-    check_device(*expected, p);
+    check_device(*expected, p, "output");
     params_.push_back({to, expected->numel, scalar(*expected, p), static_cast<int32_t>(group)});
   }
 

@@ -16,7 +16,12 @@ from fastmtl.weighting.base import LossWeighting
 
 
 def aggregate(
-    grads: Gradients, method: Method, *, groups: Sequence[int] | None = None, losses: LossesLike | None = None
+    grads: Gradients,
+    method: Method,
+    *,
+    groups: Sequence[int] | None = None,
+    losses: LossesLike | None = None,
+    precision: str = "full",
 ) -> Result:
     """Combine per-task gradients by a method.
 
@@ -26,6 +31,7 @@ def aggregate(
         method: A gradient method; or a loss weighting, together with ``losses``.
         groups: Per parameter the index of its group, 0..K-1; None: one group.
         losses: Loss values, for methods that need them.
+        precision: ``"full"`` or ``"fast"``, of the Gramian; see `fastmtl.ops.gram`.
 
     Returns:
         `Result`: ``grads`` is ``[P]`` for a Jacobian, else a list with one tensor per parameter (None where no task
@@ -56,7 +62,7 @@ def aggregate(
     else:
         names = parsed.names if parsed is not None else numbered(rows.num_tasks)
         with torch.no_grad(), restored_on_error(method):
-            gramian = ops.gram(rows)
+            gramian = ops.gram(rows, precision=precision)
             weights = decide(method, gramian, task_mask(rows, parsed), parsed, names).weights
             combined = ops.combine(rows, weights)
     out = combined[0] if isinstance(grads, Tensor) else combined

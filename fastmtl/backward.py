@@ -46,6 +46,7 @@ def backward(
     scaler: Any = None,
     nonfinite: str = "propagate",
     max_norm: float | None = None,
+    precision: str = "full",
     filler: str = "auto",
     retain_graph: bool = False,
 ) -> Result:
@@ -74,6 +75,7 @@ def backward(
             synchronise with the host once; so does ``"drop_task"`` with ``gramian_params``.
         max_norm: Upper bound of the norm of the combined shared gradient, from the Gramian, without another pass; see
             `fastmtl.engine.clip` for its rounding. With a scaler: of the unscaled gradient.
+        precision: ``"full"`` or ``"fast"``, of the Gramian; see `fastmtl.ops.gram`.
         filler: How rows are obtained. ``"grad"``: ``torch.autograd.grad``, fires no hooks of the parameters.
             ``"backward"``: ``.backward()``, taking ``.grad``; for reentrant checkpointing. ``"auto"`` picks.
         retain_graph: Keep the graph afterwards.
@@ -106,6 +108,7 @@ def backward(
         raise ValueError(f"filler: expected one of {FILLERS}, found {filler!r}")
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm: expected a positive norm, found {max_norm}")
+    ops.check_precision(precision)
     warn_if_distributed()
     grouped = groups not in (None, "all")
     parsed = parse_losses(losses)
@@ -127,7 +130,7 @@ def backward(
     if filler == "auto":
         filler = "backward" if hidden else "grad"
     by_id = {id(p): name for name, p in candidates.items()}
-    passes = _Passes(parsed, filler, scale_of(scaler, parsed.device), retain_graph, by_id)
+    passes = _Passes(parsed, filler, scale_of(scaler, parsed.device), retain_graph, by_id, precision)
 
     if isinstance(method, LossWeighting):
         refuse_options(method, nonfinite=nonfinite, max_norm=max_norm, gramian_params=gramian_params)
@@ -151,7 +154,7 @@ def backward(
     rows = Rows.by_task(_columns(tasks, shared), indices, num_groups)
     _refuse_unreached(rows, "shared_params")
     mask = task_mask(rows, parsed)
-    gramian = unscaled(ops.gram(rows), passes.scale)
+    gramian = unscaled(ops.gram(rows, precision=passes.precision), passes.scale)
     with restored_on_error(method):
         decision = decide(method, gramian, mask, parsed, parsed.names, nonfinite, max_norm)
         if not decision.skip:
@@ -167,10 +170,17 @@ class _Passes:
     """The backward passes of one step."""
 
     def __init__(
-        self, losses: Losses, filler: str, scale: Tensor | None, retain_graph: bool, names: dict[int, str]
+        self,
+        losses: Losses,
+        filler: str,
+        scale: Tensor | None,
+        retain_graph: bool,
+        names: dict[int, str],
+        precision: str,
     ) -> None:
         self.losses, self.scale, self.retain_graph = losses, scale, retain_graph
         self.names = names  # by id, of parameters, for errors
+        self.precision = precision
         self.through = ThroughGrad if filler == "grad" else ThroughBackward
 
     def without(self, kept: Tensor) -> _Passes:
@@ -236,7 +246,7 @@ def _on_gramian_params(
     tasks = passes.per_task([*lean, *aside], then_more=True)
     rows = Rows.by_task(_columns(tasks, range(len(lean))))
     _refuse_unreached(rows, "gramian_params")
-    gramian = unscaled(ops.gram(rows), passes.scale)
+    gramian = unscaled(ops.gram(rows, precision=passes.precision), passes.scale)
     decision = decide(
         method, gramian, task_mask(rows, passes.losses), passes.losses, passes.losses.names, nonfinite, max_norm
     )

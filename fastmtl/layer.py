@@ -49,8 +49,9 @@ class _Surgery(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, number: int, num_tasks: int, features: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(ctx: Any, number: int, num_tasks: int, precision: str, features: Tensor) -> Tensor | tuple[Tensor, ...]:
         ctx.number = number
+        ctx.precision = precision
         ctx.set_materialize_grads(False)
         copies = features.unsqueeze(0).expand(num_tasks, *features.shape)
         if torch.compiler.is_compiling():
@@ -61,18 +62,18 @@ class _Surgery(torch.autograd.Function):
         return copies.unbind(0)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None, Tensor | None]:
         if torch.is_grad_enabled():
             raise RuntimeError("FeatureSurgery cannot be differentiated twice (create_graph=True)")
         first = next((grad for grad in grads if grad is not None), None)
         if first is None:
-            return None, None, None
+            return None, None, None, None
         stacked = ctx.layer is None
         rows = Rows([first], first.shape[0], stacked) if stacked else Rows([*grads], len(grads))
-        gramian = ops.gram(rows)
+        gramian = ops.gram(rows, precision=ctx.precision)
         if torch.compiler.is_compiling():
             weights = torch.ops.fastmtl.layer_weights(gramian, ctx.number)
-            return None, None, ops.combine(rows, weights)[0]
+            return None, None, None, ops.combine(rows, weights)[0]
         if ctx.used:
             raise RuntimeError(
                 "FeatureSurgery: a second backward pass through one forward pass; all losses must reach the layer "
@@ -81,7 +82,7 @@ class _Surgery(torch.autograd.Function):
         ctx.used = True
         with restored_on_error(ctx.layer.method):
             weights = ctx.layer._weigh(gramian, rows.mask())
-            return None, None, ops.combine(rows, weights)[0]
+            return None, None, None, ops.combine(rows, weights)[0]
 
 
 class FeatureSurgery(nn.Module):
@@ -103,6 +104,7 @@ class FeatureSurgery(nn.Module):
         num_tasks: T.
         scaler: The ``torch.amp.GradScaler`` that scales the total loss, if any: the method then sees raw gradients.
         nonfinite: ``"propagate"`` or ``"drop_task"``; see `fastmtl.backward`. The latter reaches the trunk only.
+        precision: ``"full"`` or ``"fast"``, of the Gramian; see `fastmtl.ops.gram`.
 
     Attributes:
         result: `Result` of the last backward pass (``weights [T]``, ``gramian [T, T]`` over the features), or None.
@@ -134,7 +136,15 @@ class FeatureSurgery(nn.Module):
     losses: Tensor
     present: Tensor
 
-    def __init__(self, method: Method, num_tasks: int, *, scaler: Any = None, nonfinite: str = "propagate") -> None:
+    def __init__(
+        self,
+        method: Method,
+        num_tasks: int,
+        *,
+        scaler: Any = None,
+        nonfinite: str = "propagate",
+        precision: str = "full",
+    ) -> None:
         super().__init__()
         check_method(method)
         num_tasks = whole("num_tasks", num_tasks, 1)
@@ -152,6 +162,8 @@ class FeatureSurgery(nn.Module):
         self.num_tasks = num_tasks
         self.scaler = scaler
         self.nonfinite = nonfinite
+        ops.check_precision(precision)
+        self.precision = precision
         self.result: Result | None = None
         # What `total` saw, for the backward pass. Buffers, because compiled graphs update those faithfully.
         self.register_buffer("losses", torch.zeros(num_tasks, dtype=torch.float64), persistent=False)
@@ -182,7 +194,7 @@ class FeatureSurgery(nn.Module):
         if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
             self._has_losses = False
             self._all_present = True
-        copies = _Surgery.apply(self._number, self.num_tasks, features)
+        copies = _Surgery.apply(self._number, self.num_tasks, self.precision, features)
         return copies.unbind(0) if isinstance(copies, Tensor) else copies
 
     def total(self, losses: LossesLike) -> Tensor:

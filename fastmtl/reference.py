@@ -30,8 +30,8 @@ def _task_rows(rows: Rows, p: int) -> list[Tensor | None]:
     return rows.grads[p * rows.num_tasks : (p + 1) * rows.num_tasks]
 
 
-def gram(grads: Gradients | Rows, groups: Sequence[int] | None = None) -> Tensor:
-    """As `fastmtl.ops.gram`; differentiable."""
+def gram(grads: Gradients | Rows, groups: Sequence[int] | None = None, precision: str = "full") -> Tensor:
+    """As `fastmtl.ops.gram`; differentiable, and always in full precision."""
     rows = as_rows(grads, groups)
     dtype = _wide(rows.device)
     zero = torch.zeros(rows.num_tasks, rows.num_tasks, dtype=dtype, device=rows.device)

@@ -134,6 +134,7 @@ class TaskGradients:
         *,
         nonfinite: str = "propagate",
         max_norm: float | None = None,
+        precision: str = "full",
     ) -> Result:
         """Add the combined gradients to ``.grad`` and forget the rows.
 
@@ -143,6 +144,7 @@ class TaskGradients:
             nonfinite: As for `fastmtl.backward`; ``"skip"`` and ``"drop_task"`` reach only heads
                 that were given.
             max_norm: As for `fastmtl.backward`.
+            precision: As for `fastmtl.backward`.
 
         Returns:
             `Result`; ``grads`` are the shared parameters' ``.grad``. Tasks without a row are absent.
@@ -168,7 +170,7 @@ class TaskGradients:
         if isinstance(method, LossWeighting):
             refuse_options(method, nonfinite=nonfinite, max_norm=max_norm)
             return self._weigh_losses(method, parsed, rows, heads)
-        gramian = unscaled(ops.gram(rows), scale_of(self.scaler, rows.device))
+        gramian = unscaled(ops.gram(rows, precision=precision), scale_of(self.scaler, rows.device))
         with restored_on_error(method):
             decision = decide(method, gramian, task_mask(rows, None), parsed, self.names, nonfinite, max_norm)
             if not decision.skip:

@@ -1,13 +1,15 @@
-"""Compiles the CUDA kernels with nvcc and prints what each one takes; a kernel that spills registers is an error.
+"""Compiles the CUDA kernels with nvcc and prints what each one takes.
 
-    python tests/cuda_check.py [--arch sm_80,sm_90 | all]
+    python tests/cuda_check.py [--arch sm_80,sm_90 | all] [--write]
 
-Needs nvcc, no GPU.
+A kernel that spills registers is an error, and so is one that takes more than ``cuda_kernels.csv`` says, which
+``--write`` renews. Needs nvcc, no GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
 import os
 import re
 import shutil
@@ -20,6 +22,8 @@ from pathlib import Path
 
 SOURCES = sorted((Path(__file__).parents[1] / "csrc" / "cuda").glob("*.cu"))
 ARCHITECTURES = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+KEPT = Path(__file__).parent / "cuda_kernels.csv"
+MARGIN = 8  # registers: what another nvcc may take
 NVCC_FLAGS = [
     "-O3",
     "-std=c++17",
@@ -44,6 +48,14 @@ class Kernel:
     shared: int
     stack: int
     spilled: int
+
+
+def find_toolkit() -> Path | None:
+    """The folder of a CUDA toolkit that can build the extension: with nvcc, headers and the static runtime."""
+    nvcc = shutil.which("nvcc")
+    homes = [os.environ.get("CUDA_HOME"), nvcc and Path(nvcc).resolve().parents[1], "/usr/local/cuda"]
+    parts = ("bin/nvcc", "include/cuda_runtime.h", "lib64/libcudart_static.a")
+    return next((Path(home) for home in homes if home and all((Path(home) / part).exists() for part in parts)), None)
 
 
 def find_nvcc() -> str | None:
@@ -112,21 +124,58 @@ def table(kernels: list[Kernel]) -> str:
     return "\n".join(lines)
 
 
+def write(kernels: list[Kernel]) -> None:
+    """Keep the table: per kernel its static shared memory, the same everywhere, and its registers per architecture."""
+    rows: dict[str, dict[str, int | str]] = {}
+    for kernel in kernels:
+        row = rows.setdefault(kernel.name, {"kernel": kernel.name, "shared": kernel.shared})
+        row[kernel.arch] = kernel.registers
+    with KEPT.open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["kernel", "shared", *ARCHITECTURES], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows[name] for name in sorted(rows))
+
+
+def complaints(kernels: list[Kernel]) -> list[str]:
+    """What is wrong with the kernels: spills, and differences from the kept table beyond `MARGIN`."""
+    with KEPT.open(newline="") as file:
+        kept = {row["kernel"]: row for row in csv.DictReader(file)}
+    found = [f"{k.name} spills {k.spilled} bytes on {k.arch}" for k in kernels if k.spilled]
+    found += [
+        f"{name} is in {KEPT.name}, but no such kernel is compiled" for name in kept.keys() - {k.name for k in kernels}
+    ]
+    for k in kernels:
+        if k.name not in kept:
+            found.append(f"{k.name} is not in {KEPT.name}")
+            continue
+        registers, shared = int(kept[k.name][k.arch]), int(kept[k.name]["shared"])
+        if k.registers > registers + MARGIN or k.shared > shared:
+            found.append(
+                f"{k.name} takes {k.registers} registers and {k.shared} bytes of shared memory on {k.arch}, "
+                f"more than the {registers} and {shared} of {KEPT.name}"
+            )
+    return found
+
+
 def main() -> int:
-    """Print the table; 1 if a kernel spills or does not compile."""
+    """Print the table; 1 if there are complaints or a kernel does not compile."""
     parser = argparse.ArgumentParser(description="Compile the CUDA kernels; spills are errors.")
     parser.add_argument("--arch", default="sm_80,sm_90", help="architectures, separated by commas, or 'all'")
-    arch = parser.parse_args().arch
+    parser.add_argument("--write", action="store_true", help=f"renew {KEPT.name}; implies all architectures")
+    options = parser.parse_args()
     nvcc = find_nvcc()
     if nvcc is None:
         print("nvcc was found neither in CUDA_HOME nor in PATH", file=sys.stderr)
         return 1
-    kernels = check(nvcc, list(ARCHITECTURES) if arch == "all" else arch.split(","))
+    everywhere = options.write or options.arch == "all"
+    kernels = check(nvcc, list(ARCHITECTURES) if everywhere else options.arch.split(","))
     print(table(kernels))
-    spilling = [kernel for kernel in kernels if kernel.spilled]
-    for kernel in spilling:
-        print(f"{kernel.name} spills {kernel.spilled} bytes on {kernel.arch}", file=sys.stderr)
-    return 1 if spilling else 0
+    if options.write:
+        write(kernels)
+    wrong = complaints(kernels)
+    for line in wrong:
+        print(line, file=sys.stderr)
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":

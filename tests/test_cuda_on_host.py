@@ -12,8 +12,8 @@ import platform
 import re
 import shutil
 import subprocess
-from collections.abc import Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,10 +21,10 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CSRC, HOST, CACHE = ROOT / "csrc", ROOT / "tests" / "cuda_on_host", ROOT / "build" / "cuda_on_host"
-KERNELS = ("gram.cu", "combine.cu", "solvers.cu")
+KERNELS = ("gram.cu", "gram_registers.cu", "gram_tensor_cores.cu", "combine.cu", "solvers.cu")
 RUNTIME = ("cuda_on_host.cpp", "check.cpp", "main.cpp", "test_gram.cpp", "test_combine.cpp", "test_solvers.cpp")
-# gram_long is about rounding alone and says most with few blocks: see test_few_blocks.
-SUITES = ("gram_registers", "gram_tiled", "gram_tables", "combine")
+# gram_long is about rounding alone and says most with few ranges: see test_few_ranges.
+SUITES = ("gram_registers", "gram_tensor_cores", "gram_tables", "combine")
 SUITES += ("min_norm", "bounded_min_norm", "frank_wolfe", "pcgrad", "gradvac")
 WORKERS = min(2, os.cpu_count() or 1)
 HALF_FLAGS = ["HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS"]  # as torch compiles .cu
@@ -143,27 +143,23 @@ ONLY_F32 = Edit(  # a quarter of the instances
 """,
     "  (void)type;\n  return f(float());\n",
 )
-FEW_BLOCKS = (
-    Edit("gram.cu", "kTargetBlocks = 1024;", "kTargetBlocks = 2;"),
-    Edit("gram.cu", "tile_size(num_tasks))), 16);", "tile_size(num_tasks))), 1);"),
+FEW_RANGES = (
+    Edit("gram_partials.h", "kRegisterRanges = {1024,", "kRegisterRanges = {1,"),
+    Edit("gram_partials.h", "kTensorCoreRanges = {2048,", "kTensorCoreRanges = {1,"),
 )
 RACE, OVERFLOW, WRONG = "data race|has not written", "heap-buffer-overflow", "FAILED"
 
+
+def tensor_bug(mode: str, report: str, old: str, new: str) -> Bug:
+    return Bug(mode, "gram_tensor_cores", report, Edit("gram_tensor_cores.cu", old, new))
+
+
 BUGS = {
     "barrier missing after the warps' sums": Bug(
-        "race", "gram_registers", RACE, Edit("gram.cu", "  __syncthreads();\n  for (int q", "  for (int q")
-    ),
-    "tile overwritten while others read it": Bug(
-        "race", "gram_tiled", RACE, Edit("gram.cu", "flush();\n      __syncthreads();", "flush();")
-    ),
-    "slices add without waiting": Bug(
-        "race",
-        "gram_tiled",
-        RACE,
-        Edit("gram.cu", "      __syncthreads();\n    }\n    if (slice", "    }\n    if (slice"),
+        "race", "gram_registers", RACE, Edit("gram_registers.cu", "  __syncthreads();\n  for (int q", "  for (int q")
     ),
     "all blocks write the same partial sums": Bug(
-        "race", "gram_registers", RACE, Edit("gram.cu", "int64_t(blockIdx.x) * kPairs + q", "q")
+        "race", "gram_registers", RACE, Edit("gram_registers.cu", "int64_t(blockIdx.x) * kPairs + q", "q")
     ),
     "threads leave before a barrier": Bug(
         "race",
@@ -176,25 +172,22 @@ BUGS = {
         ),
     ),
     "missing row read": Bug(
-        "asan", "gram_registers", "null pointer|SEGV", Edit("gram.cu", "x[t] = rows[t] ?", "x[t] = true ?")
+        "asan", "gram_registers", "null pointer|SEGV", Edit("gram_registers.cu", "x[t] = rows[t] ?", "x[t] = true ?")
     ),
     "vector loads from misaligned rows": Bug(
         "asan", "gram_registers", "misaligned address", Edit("table.h", "address_bits % 16 == 0", "address_bits != 0")
     ),
     "reads past the end of a row": Bug(
-        "asan", "gram_registers", OVERFLOW, Edit("gram.cu", "i + N <= end; i += N", "i < end; i += N")
+        "asan", "gram_registers", OVERFLOW, Edit("gram_registers.cu", "i + N <= end; i += N", "i < end; i += N")
     ),
-    "reads past the ragged end of a tile": Bug(
-        "asan", "gram_tiled", OVERFLOW, Edit("gram.cu", "k + n < end", "k + n <= end")
+    "scratch one range short": Bug(
+        "asan", "gram_tables", OVERFLOW, Edit("gram.cu", "return most_ranges *", "return (most_ranges - 1) *")
     ),
-    "scratch one block short": Bug(
-        "asan", "gram_tables", OVERFLOW, Edit("gram.cu", "return most_blocks *", "return (most_blocks - 1) *")
-    ),
-    "last block left out of the sum": Bug(
+    "last range left out of the sum": Bug(
         "asan",
         "gram_registers",
         WRONG,
-        Edit("gram.cu", "first[blockIdx.y + 1]; b +=", "first[blockIdx.y + 1] - 1; b +="),
+        Edit("gram.cu", "first[blockIdx.y + 1]; r +=", "first[blockIdx.y + 1] - 1; r +="),
     ),
     "ragged last unit dropped": Bug(
         "asan",
@@ -202,14 +195,66 @@ BUGS = {
         WRONG,
         Edit("table.h", "unit += ceil_div(param.size, kUnit)", "unit += param.size / kUnit"),
     ),
-    "two groups share a block": Bug(
+    "two groups share a range": Bug(
         "asan",
         "gram_tables",
         WRONG,
-        Edit("table.h", "unit = ceil_div(unit, units_per_block) * units_per_block", "unit += 0"),
+        Edit("table.h", "unit = ceil_div(unit, units_per_range) * units_per_range", "unit += 0"),
     ),
-    "sums in fp32 never flushed": Bug(
-        "asan", "gram_long", WRONG, Edit("gram.cu", "terms + kDepth > kTileTerms", "terms < 0"), *FEW_BLOCKS
+    "registers of a factor in the wrong order": tensor_bug(
+        "asan",
+        WRONG,
+        "{top.high[0], bottom.high[0], top.high[1], bottom.high[1]}",
+        "{top.high[0], top.high[1], bottom.high[0], bottom.high[1]}",
+    ),
+    "cut to TF32 instead of rounded": tensor_bug(
+        "asan", WRONG, "f.high[i] = round_to_tf32(x[i])", "f.high[i] = __float_as_uint(x[i])"
+    ),
+    "one of the three products forgotten": tensor_bug("asan", WRONG, "mma_tf32(products, high, right.low);", ""),
+    "one TF32 product unasked": tensor_bug("asan", WRONG, "return fast ?", "return true ?"),
+    "first half of a step taken twice": tensor_bug("asan", WRONG, "step.shift();", ""),
+    "warps overlap": tensor_bug("asan", WRONG, "kStride = kWarps *", "kStride = (kWarps - 1) *"),
+    "tile of M from the wrong rows": tensor_bug(
+        "asan", WRONG, "kTile * (tile_row - 1) + row", "kTile * tile_row + row"
+    ),
+    "sums grow within the tensor cores, which round toward zero": Bug(
+        "asan",
+        "gram_long",
+        WRONG,
+        Edit(
+            "gram_tensor_cores.cu",
+            "float products[4] = {};\n    if constexpr (!kFast)",
+            "float (&products)[4] = sums;\n    if (!kFast)",
+        ),
+        Edit(
+            "gram_tensor_cores.cu",
+            "right.high);\n#pragma unroll\n    for (int e = 0; e < 4; ++e) sums[e] += products[e];",
+            "right.high);",
+        ),
+        *FEW_RANGES,
+    ),
+    "missing row read by the tensor cores": tensor_bug(
+        "asan", "null pointer|SEGV", "present >> r & 1 && n < left", "n < left"
+    ),
+    "reads past the end of a row into a factor": tensor_bug(
+        "asan", OVERFLOW, "present >> r & 1 && n < left", "present >> r & 1"
+    ),
+    "whole loads although the row ends": tensor_bug(
+        "asan", OVERFLOW, "i + kStride + Columns::kColumns <= end", "i + kStride < end"
+    ),
+    "whole loads from misaligned rows": tensor_bug("asan", "misaligned address", "whole = vector &&", "whole ="),
+    "part of a warp multiplies": tensor_bug(
+        "asan", "warp operation|has exited|deadlock", "i = first; i < end;", "i = first; i + shift < end;"
+    ),
+    "warps add without waiting": tensor_bug("race", RACE, "__syncthreads();\n      double total", "double total"),
+    "tile overwritten while others read it": tensor_bug(
+        "race",
+        RACE,
+        "triangle[num_pairs(a) + b] = total;\n      __syncthreads();",
+        "triangle[num_pairs(a) + b] = total;",
+    ),
+    "all ranges write the same triangle": tensor_bug(
+        "race", RACE, "partials + blockIdx.x * num_pairs(table.num_tasks)", "partials"
     ),
     "row of weight 0 read": Bug("asan", "combine", "SEGV", Edit("combine.cu", "row && weight != 0", "row")),
     "list of rows overwritten while others read it": Bug(
@@ -245,14 +290,19 @@ BUGS = {
 }
 
 
-def kernels_of(suite: str) -> str:
-    return "gram.cu" if suite.startswith("gram") else "combine.cu" if suite == "combine" else "solvers.cu"
+def kernels_of(suite: str) -> set[str]:
+    """The files whose kernels a suite runs."""
+    if suite in ("gram_registers", "gram_tensor_cores"):
+        return {"gram.cu", f"{suite}.cu"}
+    if suite.startswith("gram"):
+        return {"gram.cu", "gram_registers.cu", "gram_tensor_cores.cu"}
+    return {"combine.cu" if suite == "combine" else "solvers.cu"}
 
 
 def build_edited(mode: Mode, suite: str, edits: tuple[Edit, ...], folder: Path) -> Path:
-    """The program with the kernels of one suite, f32 only, compiled from edited sources."""
+    """The program with the kernels that the edits concern, f32 only, compiled from edited sources."""
     objects = build_objects(mode)
-    fast_to_run = suite != "gram_long"  # of the others, compiling is what takes time
+    level = "-O1" if suite == "gram_long" else "-O0"  # of the others, compiling is what takes time
     csrc = folder / "csrc"
     shutil.copytree(CSRC, csrc)
     for edit in (*edits, ONLY_F32):
@@ -260,24 +310,40 @@ def build_edited(mode: Mode, suite: str, edits: tuple[Edit, ...], folder: Path) 
         text = file.read_text()
         assert text.count(edit.old) == 1, f"{edit.file} holds {edit.old!r} {text.count(edit.old)} times"
         file.write_text(text.replace(edit.old, edit.new))
-    kernels = kernels_of(suite)
-    edited = compile_object(
-        csrc / "cuda" / kernels, [*mode.kernel_flags, "-Wno-error", "-O0" if fast_to_run else "-O1"], csrc
-    )
-    return link(mode, list((objects | {kernels: edited}).values()), folder / "main")
+    edited = {edit.file for edit in edits}
+    concerned = kernels_of(suite) if any(name.endswith(".h") for name in edited) else edited
+    flags = [*mode.kernel_flags, "-Wno-error", level]
+    objects |= {name: compile_object(csrc / "cuda" / name, flags, csrc) for name in concerned}
+    return link(mode, list(objects.values()), folder / "main")
 
 
-def test_few_blocks(tmp_path: Path) -> None:
-    """Many terms per block, which takes large gradients otherwise, are summed as precisely."""
-    program = build_edited(MODES["asan"], "gram_long", FEW_BLOCKS, tmp_path)
+def test_few_ranges(tmp_path: Path) -> None:
+    """Many terms per range, which takes large gradients otherwise, are summed as precisely."""
+    program = build_edited(MODES["asan"], "gram_long", FEW_RANGES, tmp_path)
     run([program, "--quick", "gram_long", "gram_tables"], timeout=120)
 
 
+def find(bug: Bug, folder: Path) -> subprocess.CompletedProcess[str]:
+    program = build_edited(MODES[bug.mode], bug.suite, bug.edits, folder)
+    return subprocess.run([program, "--quick", bug.suite], capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def findings(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
+    """Per planted bug that is asked for what the program says, all of them under way at once."""
+    toolkit_include()
+    names = [item.callspec.params["name"] for item in request.session.items if "findings" in item.fixturenames]
+    for mode in {BUGS[name].mode for name in names}:
+        build_objects(MODES[mode])
+    with ThreadPoolExecutor(WORKERS) as pool:
+        yield {name: pool.submit(find, BUGS[name], tmp_path_factory.mktemp("bug")) for name in names}
+
+
 @pytest.mark.parametrize("name", BUGS)
-def test_planted_bug_is_found(name: str, tmp_path: Path) -> None:
-    bug = BUGS[name]
-    program = build_edited(MODES[bug.mode], bug.suite, bug.edits, tmp_path)
-    done = subprocess.run([program, "--quick", bug.suite], capture_output=True, text=True, timeout=120)
+def test_planted_bug_is_found(name: str, findings: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
+    done = findings[name].result()
     output = done.stdout + done.stderr
     assert done.returncode != 0, f"not found: {output}"
-    assert re.search(bug.report, output), output
+    assert re.search(BUGS[name].report, output), output

@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import fastmtl
 from fastmtl import _C, ops
 from fastmtl.rows import Rows
+from tests.asserts import assert_untouched
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 EPS = {d: torch.finfo(d).eps for d in DTYPES}
@@ -631,3 +633,29 @@ def test_rows_select() -> None:
     assert some.groups == [0, 0]
     assert some.num_groups == 2
     assert all(map(torch.equal, some.grads, [rows.grads[4], rows.grads[5], rows.grads[0], rows.grads[1]]))
+
+
+def test_precision() -> None:
+    """The CPU knows one only; a wrong name is refused by each way in, before anything moves."""
+    grads = torch.randn(12, 1000)
+    assert torch.equal(ops.gram(grads, precision="fast"), ops.gram(grads))
+    x = torch.nn.Parameter(torch.ones(3))
+    method = fastmtl.GradVac()
+    rows = fastmtl.TaskGradients([x], num_tasks=1)
+    rows.backward(0, x.sum())
+    calls = [
+        lambda: ops.gram(grads, precision="tf32"),
+        lambda: fastmtl.aggregate(grads, method, precision="tf32"),
+        lambda: fastmtl.backward([x.sum()], method, [x], precision="tf32"),
+        lambda: fastmtl.FeatureSurgery(method, 2, precision="tf32"),
+        lambda: rows.combine(method, precision="tf32"),
+    ]
+    for call in calls:
+        with assert_untouched(method, params=[x]), pytest.raises(ValueError, match=r"precision.*'tf32'"):
+            call()
+    assert rows.combine(method, precision="fast").weights.tolist() == [1.0]
+
+
+def test_weights_on_another_device() -> None:
+    with pytest.raises(ValueError, match="weights: on meta, the gradients on cpu"):
+        ops.combine(torch.ones(2, 3), torch.ones(2, device="meta"))

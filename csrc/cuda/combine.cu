@@ -1,8 +1,10 @@
 // out[p][x] = (accumulate ? out[p][x] : 0) + sum_t weights[group(p)][t] * rows[p][t][x].
 //
 // Traffic: one read of every row of a weight other than 0, one write of out (and one read of it when accumulating).
-// Geometry: blocks of 256 threads, each with its own range of columns (table.h); per parameter a block lists its rows
-//   of a weight other than 0 in shared memory, then every thread walks that list for 16 bytes of columns at a time.
+// Geometry: blocks of 256 threads, each with its own range of columns (table.h), about 2,048 ranges; the last columns
+//   come first, since they are what the Gramian has left in the L2 cache. Per parameter a block lists its rows of a
+//   weight other than 0 in shared memory, then every thread walks that list, eight rows at once, for 16 bytes of
+//   columns at a time.
 // Accumulation: in task order, in fp64 for f64 rows and fp32 for the others, rounded to the rows' type once, on store.
 // Limits: T <= Table::kMaxRows.
 #include "cuda.h"
@@ -14,7 +16,8 @@
 namespace fastmtl {
 namespace {
 
-constexpr int kThreads = 256, kTargetBlocks = 2048;
+constexpr int kThreads = 256;
+constexpr Ranges kRanges = {2048, 256};
 
 template <class Element>
 struct Term {
@@ -45,23 +48,34 @@ __device__ __forceinline__ void list_terms(const Table& table, int p, const doub
   if (lane == 0) *num_terms = count;
 }
 
+// Adds kTerms rows' columns i.. to the sums; all loads are under way before the first is used.
+template <int kTerms, int N, class Element>
+__device__ __forceinline__ void add_terms(const Term<Element>* terms, int64_t i, Sum<Element> (&sums)[N]) {
+  Elements<Element, N> rows[kTerms];
+#pragma unroll
+  for (int k = 0; k < kTerms; ++k) rows[k] = Elements<Element, N>::load(terms[k].row + i);
+#pragma unroll
+  for (int k = 0; k < kTerms; ++k) {
+#pragma unroll
+    for (int n = 0; n < N; ++n) sums[n] += terms[k].weight * widen(rows[k].x[n]);
+  }
+}
+
 // Writes columns [begin, end) of out, N a thread and step. Returns the first column left over (fewer than N are).
 template <int N, class Element>
-__device__ __forceinline__ int64_t add_terms(const Term<Element>* terms, int num_terms, Element* out, bool accumulate,
-                                             int64_t begin, int64_t end) {
+__device__ __forceinline__ int64_t add_rows(const Term<Element>* terms, int num_terms, Element* out, bool accumulate,
+                                            int64_t begin, int64_t end) {
   using Pack = Elements<Element, N>;
   for (int64_t i = begin + N * int(threadIdx.x); i + N <= end; i += N * kThreads) {
     Pack pack = accumulate ? Pack::load(out + i) : Pack::zero();
     Sum<Element> sums[N];
 #pragma unroll
     for (int n = 0; n < N; ++n) sums[n] = widen(pack.x[n]);
-#pragma unroll 4
-    for (int k = 0; k < num_terms; ++k) {
-      const Term<Element> term = terms[k];
-      const Pack row = Pack::load(term.row + i);
-#pragma unroll
-      for (int n = 0; n < N; ++n) sums[n] += term.weight * widen(row.x[n]);
-    }
+    int k = 0;
+    for (; k + 8 <= num_terms; k += 8) add_terms<8>(terms + k, i, sums);
+    if (num_terms & 4) add_terms<4>(terms + k, i, sums), k += 4;
+    if (num_terms & 2) add_terms<2>(terms + k, i, sums), k += 2;
+    if (num_terms & 1) add_terms<1>(terms + k, i, sums);
 #pragma unroll
     for (int n = 0; n < N; ++n) pack.x[n] = narrow<Element>(sums[n]);
     pack.store(out + i);
@@ -70,19 +84,20 @@ __device__ __forceinline__ int64_t add_terms(const Term<Element>* terms, int num
 }
 
 template <class Element>
-__global__ void __launch_bounds__(kThreads) combine_kernel(GRID_CONSTANT(Table) table, int64_t units_per_block,
+__global__ void __launch_bounds__(kThreads) combine_kernel(GRID_CONSTANT(Table) table, int64_t units_per_range,
                                                            const double* __restrict__ weights, bool accumulate) {
   DYNAMIC_SHARED(Term<Element>, terms);
   SHARED(int, num_terms, [1]);
-  for_each_run(table, blockIdx.x, units_per_block, [&](int p, int64_t begin, int64_t end) {
+  const int64_t range = gridDim.x - 1 - blockIdx.x;  // backwards
+  for_each_run(table, range, units_per_range, [&](int p, int64_t begin, int64_t end) {
     __syncthreads();  // nobody reads the previous parameter's list any more
     list_terms(table, p, weights, terms, num_terms);
     __syncthreads();
     Element* const out = static_cast<Element*>(table.params[p].out);
     if (table.params[p].vector) {
-      begin = add_terms<kVector<Element>>(terms, num_terms[0], out, accumulate, begin, end);
+      begin = add_rows<kVector<Element>>(terms, num_terms[0], out, accumulate, begin, end);
     }
-    add_terms<1>(terms, num_terms[0], out, accumulate, begin, end);
+    add_rows<1>(terms, num_terms[0], out, accumulate, begin, end);
   });
 }
 
@@ -92,11 +107,11 @@ cudaError_t combine_cuda(const Rows& rows, const double* weights, void* const* o
                          cudaStream_t stream) {
   for (Scalar type : kScalars) {
     cudaError_t error = for_each_table(
-        rows, type, out, kTargetBlocks, [&](const Table& table, int64_t, int64_t num_blocks, int64_t units_per_block) {
+        rows, type, out, kRanges, true, [&](const Table& table, int64_t, int64_t num_ranges, int64_t units_per_range) {
           return with_element(type, [&](auto element) {
             using Element = decltype(element);
-            return launch(combine_kernel<Element>, dim3(num_blocks), kThreads, rows.num_tasks * sizeof(Term<Element>),
-                          stream, table, units_per_block, weights, accumulate);
+            return launch(combine_kernel<Element>, dim3(num_ranges), kThreads, rows.num_tasks * sizeof(Term<Element>),
+                          stream, table, units_per_range, weights, accumulate);
           });
         });
     if (error != cudaSuccess) return error;

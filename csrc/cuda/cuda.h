@@ -12,7 +12,8 @@
 namespace fastmtl {
 
 size_t gram_cuda_scratch(const Rows& rows);
-cudaError_t gram_cuda(const Rows& rows, void* scratch, double* gramian, cudaStream_t stream);
+// fast: f32 rows of more than 8 tasks are rounded to TF32 (an error of up to about 1e-3 of the norms, not 5e-7).
+cudaError_t gram_cuda(const Rows& rows, void* scratch, double* gramian, cudaStream_t stream, bool fast = false);
 
 // As combine_cpu. out: a host table of device pointers. No scratch.
 cudaError_t combine_cuda(const Rows& rows, const double* weights, void* const* out, bool accumulate,

@@ -2,9 +2,9 @@
 // and nothing has to outlive the launch, so a call can be captured in a CUDA graph.
 //
 // A table holds parameters of one scalar type, sorted by group. Their columns are cut into units of kUnit; every unit
-// has a number, and block b of a launch owns the units [b * units_per_block, (b + 1) * units_per_block). A parameter
-// that opens a group starts at the first unit of a block (the numbers skipped stand for nothing), so that a block only
-// ever sees one group.
+// has a number, and range b owns the units [b * units_per_range, (b + 1) * units_per_range): the work of one block. A
+// parameter that opens a group starts at the first unit of a range (the numbers skipped stand for nothing), so that a
+// range only ever meets one group.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -15,7 +15,6 @@
 namespace fastmtl {
 
 constexpr int64_t kUnit = 2048;  // columns; a multiple of what a block of 256 threads loads at once
-constexpr int kMaxUnitsPerBlock = 256;
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -35,10 +34,16 @@ struct Table {
 };
 static_assert(sizeof(Table) <= 32000, "kernel parameters end at 32,764 bytes");
 
-// Calls body(p, begin, end) for each parameter that a block meets, with the columns of it that the block owns.
+// How to cut the columns of a call: into about `target` ranges, more where one would exceed max_units.
+struct Ranges {
+  int target;
+  int64_t max_units;
+};
+
+// Calls body(p, begin, end) for each parameter that a range meets, with the columns of it that the range owns.
 template <class Body>
-__device__ __forceinline__ void for_each_run(const Table& table, int64_t block, int64_t units_per_block, Body body) {
-  const int64_t first = block * units_per_block, last = first + units_per_block;
+__device__ __forceinline__ void for_each_run(const Table& table, int64_t range, int64_t units_per_range, Body body) {
+  const int64_t first = range * units_per_range, last = first + units_per_range;
   int low = 0, high = table.num_params;  // the last parameter that starts at or before `first`
   while (high - low > 1) {
     const int middle = (low + high) / 2;
@@ -52,11 +57,12 @@ __device__ __forceinline__ void for_each_run(const Table& table, int64_t block, 
   }
 }
 
-// Packs the parameters of one type into as few tables as hold them and calls visit(table, first_block, num_blocks,
-// units_per_block) for each; blocks are numbered through all tables. About target_blocks blocks, more where a block
-// would exceed kMaxUnitsPerBlock. `out` is null, or tells where each parameter's result goes.
+// Packs the parameters of one type into as few tables as hold them and calls visit(table, first_range, num_ranges,
+// units_per_range) for each, ranges numbered through all tables; the last table comes first if `backwards`, and ranges
+// are numbered in that order. `out` is null, or tells where each parameter's result goes.
 template <class Visit>
-cudaError_t for_each_table(const Rows& rows, Scalar type, void* const* out, int target_blocks, Visit visit) {
+cudaError_t for_each_table(const Rows& rows, Scalar type, void* const* out, Ranges ranges, bool backwards,
+                           Visit visit) {
   std::vector<int64_t> order;
   int64_t units = 0;
   for (int64_t p = 0; p < rows.num_params; ++p) {
@@ -69,18 +75,22 @@ cudaError_t for_each_table(const Rows& rows, Scalar type, void* const* out, int 
   if (rows.num_tasks > Table::kMaxRows) return cudaErrorInvalidValue;
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return rows.params[a].group < rows.params[b].group; });
-  const int64_t units_per_block = std::clamp<int64_t>(ceil_div(units, target_blocks), 1, kMaxUnitsPerBlock);
+  const int64_t units_per_range = std::clamp<int64_t>(ceil_div(units, ranges.target), 1, ranges.max_units);
 
   Table table;
   table.num_tasks = rows.num_tasks;
-  int64_t first_block = 0;
-  for (size_t next = 0; next < order.size();) {
+  const int64_t num_params = order.size();
+  const int64_t params_per_table = std::min(Table::kMaxParams, Table::kMaxRows / rows.num_tasks);
+  const int64_t num_tables = ceil_div(num_params, params_per_table);
+  int64_t first_range = 0;
+  for (int64_t i = 0; i < num_tables; ++i) {
+    const int64_t first_param = (backwards ? num_tables - 1 - i : i) * params_per_table;
+    table.num_params = static_cast<int32_t>(std::min(params_per_table, num_params - first_param));
     int64_t unit = 0;
-    int n = 0;
-    for (; next < order.size() && n < Table::kMaxParams && (n + 1) * rows.num_tasks <= Table::kMaxRows; ++next, ++n) {
-      const Parameter& param = rows.params[order[next]];
-      if (n > 0 && param.group != table.params[n - 1].group) unit = ceil_div(unit, units_per_block) * units_per_block;
-      void* const target = out ? out[order[next]] : nullptr;
+    for (int n = 0; n < table.num_params; ++n) {
+      const Parameter& param = rows.params[order[first_param + n]];
+      if (n > 0 && param.group != table.params[n - 1].group) unit = ceil_div(unit, units_per_range) * units_per_range;
+      void* const target = out ? out[order[first_param + n]] : nullptr;
       uintptr_t address_bits = reinterpret_cast<uintptr_t>(target);
       for (int t = 0; t < rows.num_tasks; ++t) {
         table.rows[n * rows.num_tasks + t] = param.rows[t];
@@ -89,10 +99,9 @@ cudaError_t for_each_table(const Rows& rows, Scalar type, void* const* out, int 
       table.params[n] = {param.size, unit, target, param.group, address_bits % 16 == 0};
       unit += ceil_div(param.size, kUnit);
     }
-    table.num_params = n;
-    const int64_t num_blocks = ceil_div(unit, units_per_block);
-    if (cudaError_t error = visit(table, first_block, num_blocks, units_per_block); error != cudaSuccess) return error;
-    first_block += num_blocks;
+    const int64_t num_ranges = ceil_div(unit, units_per_range);
+    if (cudaError_t error = visit(table, first_range, num_ranges, units_per_range); error != cudaSuccess) return error;
+    first_range += num_ranges;
   }
   return cudaSuccess;
 }

@@ -25,6 +25,8 @@ extern bool quick;  // only the cases of f32 rows, and only up to the first fail
 
 // Counts a failure unless error <= tolerance; a NaN is a failure.
 void within(const std::string& what, double error, double tolerance);
+// The larger of two errors; a NaN is larger than all.
+inline double larger(double a, double b) { return std::isnan(a) || a > b ? a : b; }
 void succeeded(const std::string& what, int cuda_error);
 
 // Heap memory without slack, so that the address sanitizer sees one element too far. Filled with 0xff (NaN).

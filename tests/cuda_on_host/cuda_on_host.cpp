@@ -53,7 +53,7 @@ Here here;
 
 namespace {
 
-constexpr size_t kStackBytes = 256 << 10, kGuardBytes = 4096;
+constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 4096;
 constexpr int kMaxThreads = 1024;
 
 struct Fiber {
@@ -260,18 +260,15 @@ void warp_collective(unsigned mask, void* mine, Complete complete, int line) {
   fiber.mine = mine;
   fiber.complete = complete;
   void* lanes[32];
-  bool all = true;
-  for (int l = 0; l < 32; ++l) {
+  bool all = true;  // the last lane to arrive looks at all of them
+  for (int l = 0; l < 32 && all; ++l) {
     if (!(mask >> l & 1)) continue;
     const Fiber& other = fibers[base + l];
     if (base + l >= num_threads || other.state == Fiber::done) {
       fail("line %d: lane %d of the mask %08x has exited", line, l, mask);
     }
-    if (other.state != Fiber::at_warp) {
-      all = false;
-      continue;
-    }
-    if (other.mask != mask || other.line != line || other.complete != complete) {
+    all = other.state == Fiber::at_warp;
+    if (all && (other.mask != mask || other.line != line || other.complete != complete)) {
       fail("lane %d is at the warp operation of line %d with mask %08x, lane %d at line %d with mask %08x", me, line,
            mask, l, other.line, other.mask);
     }
@@ -286,6 +283,93 @@ void warp_collective(unsigned mask, void* mine, Complete complete, int line) {
     leave(false);
   }
   if (!complete) here.warp_syncs = ++fiber.warp_syncs;
+}
+
+// ---- tensor cores ----
+//
+// PTX ISA, "Matrix fragments": lane 4 g + t holds the elements of row (of b: column) g and of column (row) t, t + 4, or
+// 2 t, 2 t + 1, 2 t + 8, 2 t + 9. Factors of TF32 lose their low 13 bits; a sum is exact, then rounded toward zero
+// once.
+
+#define UNCHECKED __attribute__((no_sanitize("address", "undefined"), optimize("O3")))
+
+namespace {
+
+float toward_zero(double exact) {
+  const float x = static_cast<float>(exact);
+  return std::abs(static_cast<double>(x)) > std::abs(exact) ? std::nextafter(x, 0.0f) : x;
+}
+
+// The elements of a register: one of TF32 or two of 16 bits.
+template <Factors type>
+UNCHECKED void unpack(uint32_t bits, double* to) {
+  if constexpr (type == Factors::tf32) {
+    *to = __uint_as_float(bits & 0xffffe000u);
+  } else {
+    for (int i = 0; i < 2; ++i) {
+      const uint16_t half = static_cast<uint16_t>(bits >> 16 * i);
+      to[i] = type == Factors::bf16 ? __bfloat162float(__nv_bfloat16_raw{half}) : __half2float(__half_raw{half});
+    }
+  }
+}
+
+struct Mma {
+  float* sums;
+  const uint32_t *a, *b;
+};
+
+template <Factors type>
+UNCHECKED void multiply(void* const lanes[32], unsigned) {
+  constexpr int kDepth = type == Factors::tf32 ? 8 : 16, kPack = kDepth / 8;
+  double a[16][kDepth], b[8][kDepth];
+  for (int l = 0; l < 32; ++l) {
+    const auto& lane = *static_cast<const Mma*>(lanes[l]);
+    const int g = l / 4, t = l % 4;
+    for (int i = 0; i < 4; ++i) unpack<type>(lane.a[i], &a[g + 8 * (i % 2)][kPack * (t + 4 * (i / 2))]);
+    for (int i = 0; i < 2; ++i) unpack<type>(lane.b[i], &b[g][kPack * (t + 4 * i)]);
+  }
+  for (int l = 0; l < 32; ++l) {
+    for (int i = 0; i < 4; ++i) {
+      float& sum = static_cast<const Mma*>(lanes[l])->sums[i];
+      double exact = sum;
+      for (int k = 0; k < kDepth; ++k) exact += a[l / 4 + 8 * (i / 2)][k] * b[2 * (l % 4) + i % 2][k];
+      sum = toward_zero(exact);
+    }
+  }
+}
+
+struct MmaF64 {
+  double *sum0, *sum1, a, b;
+};
+
+void multiply_f64(void* const lanes[32], unsigned) {
+  for (int l = 0; l < 32; ++l) {
+    auto& lane = *static_cast<MmaF64*>(lanes[l]);
+    for (int i = 0; i < 2; ++i) {
+      double& sum = *(i == 0 ? lane.sum0 : lane.sum1);
+      for (int k = 0; k < 4; ++k) {
+        const auto& left = *static_cast<MmaF64*>(lanes[l / 4 * 4 + k]);
+        const auto& right = *static_cast<MmaF64*>(lanes[(2 * (l % 4) + i) * 4 + k]);
+        sum = std::fma(left.a, right.b, sum);
+      }
+    }
+  }
+}
+
+}  // namespace
+
+void mma(Factors type, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line) {
+  Mma mine = {sums, a, b};
+  warp_collective(~0u, &mine,
+                  type == Factors::tf32   ? multiply<Factors::tf32>
+                  : type == Factors::bf16 ? multiply<Factors::bf16>
+                                          : multiply<Factors::f16>,
+                  line);
+}
+
+void mma(double& sum0, double& sum1, double a, double b, int line) {
+  MmaF64 mine = {&sum0, &sum1, a, b};
+  warp_collective(~0u, &mine, multiply_f64, line);
 }
 
 }  // namespace cuda_on_host

@@ -58,6 +58,12 @@ int lane();
 using Complete = void (*)(void* const lanes[32], unsigned mask);
 void warp_collective(unsigned mask, void* mine, Complete complete, int line);
 
+// sums += a b by a warp: a 16 x 8 (tf32) or 16 x 16 (bf16, f16), b with 8 columns, the elements where the PTX ISA says.
+enum class Factors { tf32, bf16, f16 };
+void mma(Factors type, float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line);
+// The same for 8 x 4 and 4 x 8 doubles.
+void mma(double& sum0, double& sum1, double a, double b, int line);
+
 template <class T>
 NO_TSAN T shuffle(unsigned mask, T value, int source, int line) {
   struct Lane {
@@ -112,8 +118,36 @@ NO_TSAN inline unsigned __ballot_sync(unsigned mask, int predicate, int line = _
 }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+inline unsigned __float_as_uint(float x) {
+  unsigned bits;
+  memcpy(&bits, &x, sizeof(bits));
+  return bits;
+}
+inline float __uint_as_float(unsigned bits) {
+  float x;
+  memcpy(&x, &bits, sizeof(x));
+  return x;
+}
 using std::max;
 using std::min;
+
+// The tensor cores of ptx.h.
+NO_TSAN inline uint32_t round_to_tf32(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  return (bits & 0x7f800000u) == 0x7f800000u ? bits : (bits + 0x1000u) & 0xffffe000u;
+}
+inline void mma_tf32(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line = __builtin_LINE()) {
+  cuda_on_host::mma(cuda_on_host::Factors::tf32, sums, a, b, line);
+}
+inline void mma_bf16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line = __builtin_LINE()) {
+  cuda_on_host::mma(cuda_on_host::Factors::bf16, sums, a, b, line);
+}
+inline void mma_f16(float (&sums)[4], const uint32_t (&a)[4], const uint32_t (&b)[2], int line = __builtin_LINE()) {
+  cuda_on_host::mma(cuda_on_host::Factors::f16, sums, a, b, line);
+}
+inline void mma_f64(double& sum0, double& sum1, double a, double b, int line = __builtin_LINE()) {
+  cuda_on_host::mma(sum0, sum1, a, b, line);
+}
 
 template <class... Parameters, class... Arguments>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Parameters...),

@@ -11,7 +11,7 @@ int main(int argc, char** argv) {
     void (*run)();
   } kSuites[] = {
       {"gram_registers", gram_registers},
-      {"gram_tiled", gram_tiled},
+      {"gram_tensor_cores", gram_tensor_cores},
       {"gram_tables", gram_tables},
       {"gram_long", gram_long},
       {"combine", combine},

@@ -2,7 +2,7 @@
 #pragma once
 
 void gram_registers();
-void gram_tiled();
+void gram_tensor_cores();
 void gram_tables();  // many parameters and groups, mixed types
 void gram_long();    // many terms per sum
 void combine();

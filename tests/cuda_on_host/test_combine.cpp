@@ -63,7 +63,7 @@ void run(const Case& c, bool accumulate) {
           rounding(param.type) * std::abs(expected) + (param.type == Scalar::f64 ? 1e-15 : 1e-6) * size;
       const double error = std::abs(check::load(out.pointers[p], param.type, i) - expected);
       const double ratio = error == 0 ? 0 : error / allowed;
-      if (!(ratio <= worst)) worst = ratio;
+      worst = check::larger(worst, ratio);
     }
   }
   check::within(name, worst, 1);

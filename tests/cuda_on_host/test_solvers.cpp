@@ -78,7 +78,7 @@ double largest_difference(const check::Exact<double>& got, const std::vector<dou
   double worst = 0;
   for (size_t i = 0; i < expected.size(); ++i) {
     const double error = std::abs(got[i] - expected[i]) / std::max(1.0, std::abs(expected[i]));
-    if (!(error <= worst)) worst = error;
+    worst = check::larger(worst, error);
   }
   return worst;
 }

@@ -8,10 +8,11 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import fastmtl
 from fastmtl.surgery import GradientMethod
+from tests.asserts import assert_non_conflicting, assert_on_simplex
 from tests.nets import Net, mlp
 
 METHODS: dict[str, Callable[[], GradientMethod]] = {
@@ -52,6 +53,23 @@ def surgery_step(net: Net, layer: fastmtl.FeatureSurgery, x: Tensor) -> None:
         ((head(z) - (-1) ** t * (t + 1)) ** 2).mean() for t, (head, z) in enumerate(zip(net.heads, zs, strict=True))
     ]
     layer.total(losses).backward()
+
+
+def task_by_task(net: Net, rows: fastmtl.TaskGradients, method: GradientMethod, x: Tensor) -> None:
+    for t, loss in enumerate(net.losses(x)):
+        rows.backward(t, loss, retain_graph=True)
+    rows.combine(method)
+
+
+def steps(net: Net, make: Callable[[], GradientMethod]) -> dict[str, tuple[Callable[[Tensor], object], nn.Module]]:
+    """A training step by each way in, each with the module that holds its state."""
+    exact, per_task, layer = make(), make(), fastmtl.FeatureSurgery(make(), num_tasks=3)
+    rows = fastmtl.TaskGradients(net.trunk, num_tasks=3)
+    return {
+        "backward": (lambda x: fastmtl.backward(net.losses(x), exact, net.trunk), exact),
+        "layer": (lambda x: surgery_step(net, layer, x), layer),
+        "task gradients": (lambda x: task_by_task(net, rows, per_task, x), per_task),
+    }
 
 
 def assert_same_grads(found: Net, expected: Net) -> None:
@@ -100,19 +118,36 @@ def test_layer_as_on_the_cpu(make: Callable[[], GradientMethod]) -> None:
 def test_nothing_waits_for_the_gpu(make: Callable[[], GradientMethod]) -> None:
     method = make()
     gpu_net, _ = nets()
-    layer = fastmtl.FeatureSurgery(make(), num_tasks=3).cuda()
     x = torch.randn(8, 5, dtype=torch.float64, device="cuda")
     jacobian = torch.randn(6, 5003, device="cuda")
+    each = steps(gpu_net, make)
 
     def step() -> None:
-        fastmtl.aggregate(jacobian, method_of_aggregate)
-        fastmtl.backward(gpu_net.losses(x), method, gpu_net.trunk)
-        surgery_step(gpu_net, layer, x)
+        fastmtl.aggregate(jacobian, method)
+        for run, _ in each.values():
+            run(x)
 
-    method_of_aggregate = make()
+    for _, module in each.values():
+        module.cuda()
     step()  # state comes to the GPU
     with no_sync():
         step()
+
+
+@each_method
+def test_few_launches(make: Callable[[], GradientMethod]) -> None:
+    """Gramian, its sum, one or two kernels of the solver, combine; nothing is copied between host and GPU."""
+    method, jacobian = make(), torch.randn(8, 100_003, device="cuda")
+    fastmtl.aggregate(jacobian, method)
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        fastmtl.aggregate(jacobian, method)
+        torch.cuda.synchronize()
+    names = [event.name for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+    if not names:
+        pytest.skip("the profiler sees no kernels here: CUPTI is not available")
+    assert sum("fastmtl" in name for name in names) in (4, 5), names
+    assert not [name for name in names if "Memcpy HtoD" in name or "Memcpy DtoH" in name], names
 
 
 def test_works_on_the_current_stream() -> None:
@@ -128,6 +163,83 @@ def test_works_on_the_current_stream() -> None:
     torch.cuda.current_stream().wait_stream(stream)
     assert torch.equal(found.weights, expected.weights)
     assert torch.equal(found.grads, expected.grads)
+
+
+def test_two_streams_at_once() -> None:
+    """Calls that overlap on the GPU do not share scratch memory."""
+    jacobians = [torch.randn(t, 400_003, device="cuda") for t in (8, 40)]
+    expected = [fastmtl.aggregate(j, fastmtl.MGDA()) for j in jacobians]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()]
+    torch.cuda.synchronize()
+    found: list[list[fastmtl.Result]] = [[], []]
+    for _ in range(10):
+        for stream, jacobian, results in zip(streams, jacobians, found, strict=True):
+            with torch.cuda.stream(stream):
+                results.append(fastmtl.aggregate(jacobian, fastmtl.MGDA()))
+    torch.cuda.synchronize()
+    for results, right in zip(found, expected, strict=True):
+        for result in results:
+            assert torch.equal(result.weights, right.weights)
+            assert torch.equal(result.grads, right.grads)
+
+
+@each_method
+@pytest.mark.parametrize("way", ["backward", "layer", "task gradients"])
+def test_training_step_in_a_cuda_graph(make: Callable[[], GradientMethod], way: str) -> None:
+    """Each replay gives the gradients of a step on the CPU from the same inputs and state."""
+    gpu_net, cpu_net = nets()
+    run, module = steps(gpu_net, make)[way]
+    run_on_cpu, cpu_module = steps(cpu_net, make)[way]
+    module.cuda()
+    x = torch.randn(8, 5, dtype=torch.float64, device="cuda")
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            gpu_net.zero_grad()
+            run(x)
+    torch.cuda.current_stream().wait_stream(side)
+
+    gpu_net.zero_grad()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        run(x)
+    cpu_module.load_state_dict({name: value.cpu() for name, value in module.state_dict().items()})
+    for _ in range(3):
+        x.copy_(torch.randn_like(x))
+        graph.replay()
+        cpu_net.zero_grad()
+        run_on_cpu(x.cpu())
+        assert_same_grads(gpu_net, cpu_net)
+
+
+def test_replays_draw_fresh_orders() -> None:
+    method, jacobian = fastmtl.PCGrad(), torch.randn(8, 6, device="cuda")
+    fastmtl.aggregate(jacobian, method)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = fastmtl.aggregate(jacobian, method)
+    weights = []
+    for _ in range(8):
+        graph.replay()
+        weights.append(found.weights.clone())
+    assert len(torch.stack(weights).unique(dim=0)) > 4
+
+
+@pytest.mark.parametrize("num_tasks", [3, 8, 40, 64])
+def test_properties_of_the_papers(num_tasks: int) -> None:
+    """What tests/surgery asserts of the results on the CPU, on gradients of many columns."""
+    jacobian = torch.randn(num_tasks, 20_011, device="cuda", dtype=torch.float64)
+    jacobian += 20 * (-1) ** torch.arange(num_tasks, device="cuda")[:, None] * torch.randn_like(jacobian[:1])
+    out = fastmtl.aggregate(jacobian, fastmtl.MGDA())
+    assert_on_simplex(out.weights)
+    assert_non_conflicting(jacobian, out.grads, rtol=1e-6)
+    torch.testing.assert_close(out.grads, out.weights @ jacobian)
+    kind = fastmtl.aggregate(jacobian.abs(), fastmtl.PCGrad())  # without conflict, PCGrad and GradVac sum
+    torch.testing.assert_close(kind.weights, torch.ones_like(kind.weights))
+    kind = fastmtl.aggregate(jacobian.abs(), fastmtl.GradVac(beta=0))
+    torch.testing.assert_close(kind.weights, torch.ones_like(kind.weights))
 
 
 @each_method
