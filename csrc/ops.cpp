@@ -79,6 +79,14 @@ struct CudaCall {
 };
 #endif
 
+#ifdef WITH_CUDA
+void check_tasks_on_cuda(const Rows& rows) {
+  if (rows.num_tasks > kMaxTasksCuda)
+    throw std::invalid_argument("num_tasks: on CUDA at most " + std::to_string(kMaxTasksCuda) + ", found " +
+                                std::to_string(rows.num_tasks));
+}
+#endif
+
 // ---- gram and combine -------------------------------------------------------------------------------------------
 
 Tensor gram(const TensorRows& rows, bool fast) {
@@ -87,6 +95,7 @@ Tensor gram(const TensorRows& rows, bool fast) {
   double* out = gramian.mutable_data_ptr<double>();
 #ifdef WITH_CUDA
   if (rows.is_cuda()) {
+    check_tasks_on_cuda(r);
     CudaCall call(rows.device().index());
     CudaCall::check(gram_cuda(r, call.scratch(gram_cuda_scratch(r)), out, call.stream, fast), "gram");
     return gramian;
@@ -102,6 +111,7 @@ void combine_into(const TensorRows& rows, const Tensor& weights, std::vector<voi
   const double* w = weights.const_data_ptr<double>();
 #ifdef WITH_CUDA
   if (rows.is_cuda()) {
+    check_tasks_on_cuda(r);
     CudaCall call(rows.device().index());
     CudaCall::check(combine_cuda(r, w, out.data(), accumulate, call.stream), "combine");
     return;

@@ -23,7 +23,7 @@ def test_complains_of_spills_and_of_what_is_unlike_the_table() -> None:
     name = "gram_triangle_kernel<SplitF32<false>, 5>"
     grown = Kernel(name, "sm_90", 255, 1 << 15, 0, 8)
     text = "\n".join(complaints([grown, Kernel("new_kernel", "sm_90", 10, 0, 0, 0)]))
-    assert f"{name} spills 8 bytes on sm_90" in text
+    assert f"{name}: 8 bytes spilled" in text
     assert f"{name} takes 255 registers and 32768 bytes of shared memory on sm_90, more than" in text
     assert "new_kernel is not in cuda_kernels.csv" in text
     assert "combine_kernel<float> is in cuda_kernels.csv, but no such kernel is compiled" in text

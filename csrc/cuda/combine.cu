@@ -53,7 +53,7 @@ template <int kTerms, int N, class Element>
 __device__ __forceinline__ void add_terms(const Term<Element>* terms, int64_t i, Sum<Element> (&sums)[N]) {
   Elements<Element, N> rows[kTerms];
 #pragma unroll
-  for (int k = 0; k < kTerms; ++k) rows[k] = Elements<Element, N>::load(terms[k].row + i);
+  for (int k = 0; k < kTerms; ++k) rows[k] = Elements<Element, N>::load(in_global_memory(terms[k].row) + i);
 #pragma unroll
   for (int k = 0; k < kTerms; ++k) {
 #pragma unroll

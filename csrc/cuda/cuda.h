@@ -11,6 +11,8 @@
 
 namespace fastmtl {
 
+constexpr int kMaxTasksCuda = 2688;  // of gram_cuda and combine_cuda
+
 size_t gram_cuda_scratch(const Rows& rows);
 // fast: f32 rows of more than 8 tasks are rounded to TF32 (an error of up to about 1e-3 of the norms, not 5e-7).
 cudaError_t gram_cuda(const Rows& rows, void* scratch, double* gramian, cudaStream_t stream, bool fast = false);

@@ -18,6 +18,13 @@
 
 namespace fastmtl {
 
+// A pointer that has come through shared memory, of which the compiler no longer knows that it points to global memory.
+template <class T>
+__device__ __forceinline__ const T* in_global_memory(const T* pointer) {
+  __builtin_assume(__isGlobal(pointer));
+  return pointer;
+}
+
 // The nearest TF32 number, ties away from zero. The tensor cores themselves cut the low 13 bits off.
 __device__ __forceinline__ uint32_t round_to_tf32(float x) {
   uint32_t y;

@@ -11,6 +11,7 @@
 #include <vector>
 
 #include "../rows.h"
+#include "cuda.h"
 
 namespace fastmtl {
 
@@ -19,7 +20,7 @@ constexpr int64_t kUnit = 2048;  // columns; a multiple of what a block of 256 t
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 struct Table {
-  static constexpr int kMaxParams = 320, kMaxRows = 2688;
+  static constexpr int kMaxParams = 320, kMaxRows = kMaxTasksCuda;
   struct Entry {
     int64_t size;
     int64_t first_unit;
@@ -34,10 +35,11 @@ struct Table {
 };
 static_assert(sizeof(Table) <= 32000, "kernel parameters end at 32,764 bytes");
 
-// How to cut the columns of a call: into about `target` ranges, more where one would exceed max_units.
+// How to cut the columns of a call: into about `target` ranges of min_units to max_units units.
 struct Ranges {
   int target;
   int64_t max_units;
+  int64_t min_units = 1;
 };
 
 // Calls body(p, begin, end) for each parameter that a range meets, with the columns of it that the range owns.
@@ -75,7 +77,7 @@ cudaError_t for_each_table(const Rows& rows, Scalar type, void* const* out, Rang
   if (rows.num_tasks > Table::kMaxRows) return cudaErrorInvalidValue;
   std::stable_sort(order.begin(), order.end(),
                    [&](int64_t a, int64_t b) { return rows.params[a].group < rows.params[b].group; });
-  const int64_t units_per_range = std::clamp<int64_t>(ceil_div(units, ranges.target), 1, ranges.max_units);
+  const int64_t units_per_range = std::clamp(ceil_div(units, ranges.target), ranges.min_units, ranges.max_units);
 
   Table table;
   table.num_tasks = rows.num_tasks;

@@ -131,6 +131,11 @@ inline float __uint_as_float(unsigned bits) {
 using std::max;
 using std::min;
 
+template <class T>
+const T* in_global_memory(const T* pointer) {
+  return pointer;
+}
+
 // The tensor cores of ptx.h.
 NO_TSAN inline uint32_t round_to_tf32(float x) {
   const uint32_t bits = __float_as_uint(x);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from torch import Tensor
@@ -90,10 +92,11 @@ def test_one_group_per_parameter() -> None:
     assert_gram(ops.gram(grads, list(range(2500))), exact, torch.float32)
 
 
+@pytest.mark.parametrize("size", [2**23, 2**23 + 3])  # whole loads; single ones
 @pytest.mark.parametrize("num_tasks", [2, 7, 24, 40, 64])
-def test_large(num_tasks: int) -> None:
+def test_large(num_tasks: int, size: int) -> None:
     """Many columns per block."""
-    jacobian = torch.randn(num_tasks, 2**23 + 3, device="cuda") + 0.1
+    jacobian = torch.randn(num_tasks, size, device="cuda") + 0.1
     exact = sum(part.double() @ part.double().T for part in jacobian.split(2**20, 1))
     assert isinstance(exact, Tensor)
     assert_gram(ops.gram(jacobian), exact.unsqueeze(0), torch.float32)
@@ -110,6 +113,8 @@ def test_more_than_2_31_elements() -> None:
     assert ops.gram(row).item() == 12
     out = ops.combine(row, torch.tensor([3.0], device="cuda"))
     assert out[-4:].tolist() == [0, 6, 6, 6]
+    for num_tasks in (9, 57):  # the same memory as every row
+        assert (ops.gram([[row[0]] * num_tasks]) == 12).all()
 
 
 def test_row_of_weight_zero_is_not_read_and_nan_weights_propagate() -> None:
@@ -122,15 +127,17 @@ def test_row_of_weight_zero_is_not_read_and_nan_weights_propagate() -> None:
 
 def test_mixed_devices_are_named() -> None:
     rows: Params = [[torch.ones(5, device="cuda"), torch.ones(5)]]
-    for call in (lambda: ops.gram(rows), lambda: ops.combine(rows, torch.ones(2))):
-        with pytest.raises(ValueError, match="one device"):
+    for call in (lambda: ops.gram(rows), lambda: ops.combine(rows, torch.ones(2, device="cuda"))):
+        with pytest.raises(ValueError, match=r"task 1: on cpu, the others on cuda:0.*one device"):
             call()
+    with pytest.raises(ValueError, match="weights: on cpu"):
+        ops.combine(torch.ones(2, 5, device="cuda"), torch.ones(2))
 
 
 def test_equal_terms_keep_their_precision() -> None:
     """Where the tensor cores' rounding toward zero would add up."""
-    for num_tasks in (8, 9, 40, 64):
-        jacobian = torch.full((num_tasks, 1_000_003), 0.3, device="cuda")
+    for num_tasks, size in itertools.product((8, 9, 40, 64), (1_000_000, 1_000_003)):
+        jacobian = torch.full((num_tasks, size), 0.3, device="cuda")
         exact = jacobian.double() @ jacobian.double().T
         assert_gram(ops.gram(jacobian), exact.unsqueeze(0), torch.float32)
 
@@ -151,8 +158,8 @@ def test_fast_is_less_precise_but_no_worse_than_tf32(num_tasks: int) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_bitwise_the_same_in_every_run(dtype: torch.dtype) -> None:
-    for num_tasks in (3, 8, 40, 64):
-        jacobian = torch.randn(num_tasks, 300_007, device="cuda").to(dtype)
+    for num_tasks, size in itertools.product((3, 8, 40, 64), (300_000, 300_007)):
+        jacobian = torch.randn(num_tasks, size, device="cuda").to(dtype)
         weights = torch.randn(num_tasks, device="cuda")
         gramian, combined = ops.gram(jacobian), ops.combine(jacobian, weights)
         for _ in range(20):
