@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from fastmtl import _extension
+from fastmtl.checks import choice, real, whole
 
 
 class _Missing:
@@ -105,7 +106,7 @@ def frank_wolfe(
         Weights ``[..., T]`` and the duality gap ``[...]``, as `min_norm`.
 
     Raises:
-        TypeError: As for `min_norm`.
+        TypeError: As for `min_norm`, or an option is of the wrong type.
         ValueError: As for `min_norm`, or an option is out of range.
 
     Note:
@@ -119,12 +120,8 @@ def frank_wolfe(
         >>> frank_wolfe(np.diag([1.0, 4.0, 9.0]))[0].round(2)
         array([0.73, 0.18, 0.08])
     """
-    if max_iter < 0:
-        raise ValueError(f"max_iter: expected a number of steps, found {max_iter}")
-    if not tol >= 0:
-        raise ValueError(f"tol: expected 0 or more, found {tol}")
-    if start not in ("uniform", "pair"):
-        raise ValueError(f"start: expected 'uniform' or 'pair', found {start!r}")
+    max_iter, tol = whole("max_iter", max_iter, 0), real("tol", tol, 0)
+    choice("start", start, ("uniform", "pair"))
     m, present, batch = _problems(gramian, mask)
     weights, gap = _C.frank_wolfe(m, present, max_iter, tol, start == "pair")
     return weights.reshape(*batch, m.shape[-1]), gap.reshape(batch)

@@ -124,7 +124,8 @@ class GradientMethod(Stateful):
             ``[T]`` or ``[K, T]`` float64.
 
         Raises:
-            ValueError: Not square, not symmetric (a Jacobian?), or losses are missing.
+            TypeError: Not a tensor; a loss of another type.
+            ValueError: Not square, not symmetric (a Jacobian?), or losses are missing or of another number.
 
         Note:
             Checking the symmetry synchronises with the host once; the training entry points do not come this way.

@@ -74,10 +74,10 @@ class LossWeighting(Stateful):
 
     def note(self, weights: Tensor, tasks: Sequence[int] | None) -> None:
         """Keep the weights of the present tasks, to be looked at."""
-        if torch.compiler.is_compiling():
+        if torch.compiler.is_compiling() or self.num_tasks is None:
             return
         weights = _wide(weights.detach())
-        self._weights = weights if tasks is None else spread(weights, tasks, self.num_tasks or len(tasks), fill=0.0)
+        self._weights = weights if tasks is None else spread(weights, tasks, self.num_tasks, fill=0.0)
 
     def _watch(self) -> None:
         """Warn once if this weighting's parameters get gradients that no optimizer uses."""

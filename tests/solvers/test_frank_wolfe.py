@@ -124,3 +124,8 @@ def test_operators_trace() -> None:
         return ops.min_norm(m, None, bounds[0])[0] + ops.frank_wolfe(m)[0]
 
     torch.testing.assert_close(both(m), ops.min_norm(m, None, bounds)[0] + ops.frank_wolfe(m)[0])
+
+
+def test_steps_are_whole() -> None:
+    with pytest.raises(TypeError, match=r"max_iter: expected a whole number, found 2\.5"):
+        solvers.frank_wolfe(np.eye(2), max_iter=2.5)  # type: ignore[arg-type]

@@ -264,3 +264,16 @@ def test_a_call_that_raises_leaves_the_state(name: str) -> None:
         for wrong in (torch.ones(4), [torch.tensor(1.0)] * 2):
             with pytest.raises(ValueError, match="losses: expected 3 tasks, found"):
                 weighting(wrong)
+
+
+def test_a_weighting_for_any_number_of_tasks() -> None:
+    """It shows no weights, and absent tasks are no trouble."""
+
+    class Doubled(LossWeighting):
+        def scalar(self, losses: Tensor, tasks: list[int] | None) -> Tensor:
+            self.note(torch.full_like(losses, 2), tasks)
+            return 2 * losses.sum()
+
+    weighting = Doubled()
+    assert weighting([torch.tensor(1.0), None, torch.tensor(3.0)]) == 8
+    assert weighting.weights is None
