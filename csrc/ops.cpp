@@ -89,7 +89,7 @@ void check_tasks_on_cuda(const Rows& rows) {
 
 // ---- gram and combine -------------------------------------------------------------------------------------------
 
-Tensor gram(const TensorRows& rows, bool fast) {
+Tensor gram(const TensorRows& rows, [[maybe_unused]] bool fast) {
   const auto& r = rows.rows();
   Tensor gramian = new_double({r.num_groups, r.num_tasks, r.num_tasks}, rows.device());
   double* out = gramian.mutable_data_ptr<double>();
@@ -105,8 +105,13 @@ Tensor gram(const TensorRows& rows, bool fast) {
   return gramian;
 }
 
-void combine_into(const TensorRows& rows, const Tensor& weights, std::vector<void*> out, bool accumulate) {
+void combine_into(const TensorRows& rows, const Tensor& weights, const std::vector<Tensor>& tensors, bool accumulate) {
   const auto& r = rows.rows();
+  std::vector<Output> out;
+  for (const Tensor& t : tensors) {
+    const TensorView v(t.get());
+    out.push_back({v.data, scalar_of(v.dtype).value()});
+  }
   check_double(weights, {r.num_groups, r.num_tasks}, rows.device(), "weights");
   const double* w = weights.const_data_ptr<double>();
 #ifdef WITH_CUDA
@@ -132,18 +137,17 @@ void gram_boxed(StableIValue* stack, uint64_t, uint64_t) {
   stack[0] = from(gram(rows, fast));
 }
 
-// combine(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights) -> Tensor[]
+// combine(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights, bool widen=False) -> Tensor[]
 void combine_boxed(StableIValue* stack, uint64_t, uint64_t) {
   TensorList list(stack[0]);
   auto num_tasks = to<int64_t>(stack[1]);
   auto stacked = to<bool>(stack[2]);
   auto groups = to<OptionalInts>(stack[3]);
   auto weights = to<Tensor>(stack[4]);
+  auto widen = to<bool>(stack[5]);
   TensorRows rows("combine", list, num_tasks, stacked, groups, num_groups_of(weights));
-  std::vector<Tensor> out = rows.new_outputs();
-  std::vector<void*> pointers;
-  for (Tensor& t : out) pointers.push_back(t.mutable_data_ptr());
-  combine_into(rows, weights, std::move(pointers), false);
+  std::vector<Tensor> out = rows.new_outputs(widen);
+  combine_into(rows, weights, out, false);
   stack[0] = from(out);
 }
 
@@ -157,7 +161,7 @@ void combine_inplace_boxed(StableIValue* stack, uint64_t, uint64_t) {
   auto out = to<std::vector<Tensor>>(stack[5]);
   OutputTensors targets(out);
   TensorRows rows("combine_", list, num_tasks, stacked, groups, num_groups_of(weights), &targets.dense());
-  combine_into(rows, weights, targets.pointers(), true);
+  combine_into(rows, weights, targets.dense(), true);
   targets.write_back();
 }
 
@@ -285,7 +289,9 @@ void implement(Library& m) {
 
 STABLE_TORCH_LIBRARY(fastmtl, m) {
   m.def("gram(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, int num_groups, bool fast=False) -> Tensor");
-  m.def("combine(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights) -> Tensor[]");
+  m.def(
+      "combine(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights, bool widen=False)"
+      " -> Tensor[]");
   m.def("combine_(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights, Tensor(a!)[] out) -> ()");
   m.def("min_norm(Tensor gramian, Tensor? mask, Tensor? lower_bounds=None) -> (Tensor, Tensor)");
   m.def("frank_wolfe(Tensor gramian, Tensor? mask, int max_iter, float tol, bool pair_start) -> (Tensor, Tensor)");

@@ -19,6 +19,12 @@ struct Parameter {
   int32_t group;  // 0 <= group < num_groups
 };
 
+// Where combine writes a parameter's sum: elements of the rows' type, or f32 ones where the rows are bf16 or f16.
+struct Output {
+  void* data;
+  Scalar type;
+};
+
 struct Rows {
   int32_t num_tasks;   // T
   int32_t num_groups;  // K

@@ -10,6 +10,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <array>
 #include <deque>
 #include <optional>
 #include <stdexcept>
@@ -62,6 +63,14 @@ struct TensorView {
   }
 };
 
+inline std::optional<Scalar> scalar_of(int32_t dtype) {
+  if (dtype == aoti_torch_dtype_float32()) return Scalar::f32;
+  if (dtype == aoti_torch_dtype_float64()) return Scalar::f64;
+  if (dtype == aoti_torch_dtype_bfloat16()) return Scalar::bf16;
+  if (dtype == aoti_torch_dtype_float16()) return Scalar::f16;
+  return std::nullopt;
+}
+
 inline std::string shape_text(const int64_t* sizes, int64_t dim) {
   std::string s = "[";
   for (int64_t d = 0; d < dim; ++d) s += (d ? ", " : "") + std::to_string(sizes[d]);
@@ -96,6 +105,15 @@ inline bool is_dense(const TensorView& t) {
     expected *= size;
   }
   return true;
+}
+
+// torch.empty_like(like, dtype=type), which torch::stable::empty_like cannot do.
+inline Tensor empty_like(const Tensor& like, ScalarType type) {
+  using torch::stable::detail::from;
+  const StableIValue none = from(std::nullopt);
+  std::array<StableIValue, 6> stack{from(like), from(std::optional<ScalarType>(type)), none, none, none, none};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::empty_like", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
 inline void check_tensor(const Tensor& t, ScalarType type, const std::vector<int64_t>& sizes, Device device,
@@ -150,7 +168,7 @@ class TensorList {
 };
 
 // Rows over a TensorList: either one stacked tensor [T, *shape] per parameter, or, parameter by parameter, T tensors or
-// None. `outputs`, if given, are the dense tensors that combine writes: they fix shape and strides of each parameter.
+// None. `outputs`, if given, are the dense tensors that combine_ adds to: they fix shape and strides of each parameter.
 class TensorRows {
  public:
   using OptionalInts = std::optional<std::vector<int64_t>>;
@@ -191,13 +209,14 @@ class TensorRows {
     if (is_cuda()) return Device(DeviceType::CUDA, static_cast<torch::stable::DeviceIndex>(device_index_));
     return Device(DeviceType::CPU);
   }
-  // One uninitialized tensor per parameter, shaped and strided like its rows.
-  std::vector<Tensor> new_outputs() const {
+  // One uninitialized tensor per parameter, shaped and strided like its rows; `widen`: float32 where they have 16 bits.
+  std::vector<Tensor> new_outputs(bool widen) const {
     std::vector<Tensor> out;
     for (size_t p = 0; p < references_.size(); ++p) {
       if (!references_[p]) fail("parameter " + std::to_string(p) + ": no task has a gradient for it");
       Tensor like = borrow(references_[p]);
-      out.push_back(torch::stable::empty_like(is_stacked_ ? torch::stable::select(like, 0, 0) : like));
+      const ScalarType type = widen && element_size(params_[p].type) == 2 ? ScalarType::Float : like.scalar_type();
+      out.push_back(empty_like(is_stacked_ ? torch::stable::select(like, 0, 0) : like, type));
     }
     return out;
   }
@@ -216,10 +235,7 @@ class TensorRows {
     return owned_.back().get();
   }
   Scalar scalar(const TensorView& v, int64_t p) const {
-    if (v.dtype == aoti_torch_dtype_float32()) return Scalar::f32;
-    if (v.dtype == aoti_torch_dtype_float64()) return Scalar::f64;
-    if (v.dtype == aoti_torch_dtype_bfloat16()) return Scalar::bf16;
-    if (v.dtype == aoti_torch_dtype_float16()) return Scalar::f16;
+    if (auto s = scalar_of(v.dtype)) return *s;
     fail("parameter " + std::to_string(p) + ": expected float32, float64, bfloat16 or float16 gradients");
   }
   static std::string device_text(int32_t type, int32_t index) {
@@ -248,7 +264,7 @@ class TensorRows {
     TensorView row = v.row();
     if (output) {
       check_device(TensorView(output), p, "output");
-      check_like(row, TensorView(output), p, 0);
+      check_like(row, expected_by(output, row, p, 0), p, 0);
     }
     bool fits = is_dense(row) && (!output || same_strides(row, TensorView(output)));
     if (!fits && output && !is_row_major(TensorView(output)))
@@ -270,6 +286,7 @@ class TensorRows {
     const void** to = pointers_.data() + p * num_tasks_;
     AtenTensorHandle reference = output;  // the tensor whose shape and strides the rows must have
     std::optional<TensorView> expected;
+    bool first = true;
     if (output) expected.emplace(output);
     for (int64_t t = 0; t < num_tasks_; ++t) {
       AtenTensorHandle h = list[p * num_tasks_ + t];
@@ -289,13 +306,16 @@ class TensorRows {
         reference = h;
         expected = v;
       } else {
+        if (first && output) expected = expected_by(output, v, p, t);
         check_like(v, *expected, p, t);
         if (!same_strides(v, *expected)) {
-          h = keep(torch::stable::empty_like(borrow(reference)));
-          torch::stable::copy_(owned_.back(), borrow(list[p * num_tasks_ + t]));
+          Tensor row = borrow(h);
+          h = keep(empty_like(borrow(reference), row.scalar_type()));
+          torch::stable::copy_(owned_.back(), row);
           v = TensorView(h);
         }
       }
+      first = false;
       to[t] = v.data;
     }
     references_.push_back(reference);
@@ -307,6 +327,15 @@ class TensorRows {
     params_.push_back({to, expected->numel, scalar(*expected, p), static_cast<int32_t>(group)});
   }
 
+  // What rows like this one must be like to be added to an output: of its type, or of 16 bits where it is float32.
+  TensorView expected_by(AtenTensorHandle output, const TensorView& row, int64_t p, int64_t t) const {
+    TensorView v(output);
+    if (v.dtype != row.dtype && (v.dtype != aoti_torch_dtype_float32() || element_size(scalar(row, p)) != 2))
+      fail("parameter " + std::to_string(p) + ", task " + std::to_string(t) +
+           ": gradient of another dtype than the output; only bfloat16 and float16 are added to float32");
+    v.dtype = row.dtype;
+    return v;
+  }
   void check_like(const TensorView& v, const TensorView& r, int64_t p, int64_t t) const {
     auto where = [&] { return "parameter " + std::to_string(p) + ", task " + std::to_string(t) + ": "; };
     if (!same_sizes(v, r))
@@ -344,11 +373,6 @@ class OutputTensors {
     }
   }
   const std::vector<Tensor>& dense() const { return dense_; }
-  std::vector<void*> pointers() const {
-    std::vector<void*> p;
-    for (const Tensor& t : dense_) p.push_back(t.data_ptr());
-    return p;
-  }
   void write_back() {
     for (size_t i = 0; i < targets_.size(); ++i)
       if (targets_[i].get() != dense_[i].get()) torch::stable::copy_(targets_[i], dense_[i]);

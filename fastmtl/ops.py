@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fastmtl import _extension, reference
 from fastmtl.checks import choice, real, whole
+from fastmtl.reference import check_dtype
 from fastmtl.rows import Gradients, Rows, as_rows
 
 ORDERS = {"random": 0, "fixed": 1, "shared": 2}
@@ -66,7 +67,9 @@ def check_precision(precision: str) -> bool:
     return choice("precision", precision, ("full", "fast")) == "fast"
 
 
-def combine(grads: Gradients | Rows, weights: Tensor, groups: Sequence[int] | None = None) -> Any:
+def combine(
+    grads: Gradients | Rows, weights: Tensor, groups: Sequence[int] | None = None, dtype: torch.dtype | None = None
+) -> Any:
     """Weighted sum of per-task gradients.
 
     Args:
@@ -74,13 +77,15 @@ def combine(grads: Gradients | Rows, weights: Tensor, groups: Sequence[int] | No
         weights: ``[K, T]``, or ``[T]`` for one group, any floating dtype, on the gradients' device. A row of
             weight 0 is not read.
         groups: As for `gram`.
+        dtype: Of the result. None: the gradients' own; or float32 where they are bfloat16 or float16: the sums as they
+            are, never rounded to 16 bits.
 
     Returns:
         ``[P]`` for a Jacobian ``[T, P]``, else a list with one tensor ``shape`` per parameter (None where no task
-        reaches it), in the gradients' dtype.
+        reaches it).
 
     Raises:
-        TypeError, ValueError: Naming the parameter and the task, or the shape of the weights.
+        TypeError, ValueError: Naming the parameter and the task, the shape of the weights, or the dtype.
 
     Note:
         Cost: one read of the rows of non-zero weight and one write. Sums in float32 (float64 for float64 rows).
@@ -92,29 +97,40 @@ def combine(grads: Gradients | Rows, weights: Tensor, groups: Sequence[int] | No
     """
     rows = as_rows(grads, groups)
     w = check_weights(weights, rows)
+    if dtype is not None:
+        check_dtype(dtype, rows)
     if not _extension.kernels_on(rows.device.type):
-        out = reference.combine(rows, w)
+        out = reference.combine(rows, w, dtype=dtype)
     else:
         reached = rows.reached()
         some = rows if len(reached) == rows.num_params else rows.select(reached)
         out = [None] * rows.num_params
         if reached:
-            values = torch.ops.fastmtl.combine(some.grads, some.num_tasks, some.stacked, some.groups, w)
+            widen = dtype == torch.float32
+            values = torch.ops.fastmtl.combine(some.grads, some.num_tasks, some.stacked, some.groups, w, widen)
             for p, value in zip(reached, values, strict=True):
-                out[p] = value
+                out[p] = rows.unpack(p, value)
     return out[0] if isinstance(grads, Tensor) else out
 
 
 def combine_(rows: Rows, weights: Tensor, out: Sequence[Tensor]) -> None:
-    """As `combine`, added to existing tensors in place: one per parameter, of its gradients' shape and dtype."""
+    """As `combine`, added to existing tensors in place.
+
+    Args:
+        rows: The gradients.
+        weights: As for `combine`.
+        out: One tensor per parameter, of its gradients' shape; of their dtype, or float32 where they are bfloat16 or
+            float16, and then nothing is rounded to 16 bits.
+
+    Raises:
+        TypeError, ValueError: As `combine`; nothing has been written then.
+    """
     w = check_weights(weights, rows)
     if _extension.kernels_on(rows.device.type):
         with torch.no_grad():
             torch.ops.fastmtl.combine_(rows.grads, rows.num_tasks, rows.stacked, rows.groups, w, list(out))
     else:
-        for target, value in zip(out, reference.combine(rows, w), strict=True):
-            if value is not None:
-                target.detach().add_(value)
+        reference.combine_(rows, w, out)
 
 
 def check_weights(weights: Tensor, rows: Rows) -> Tensor:
@@ -281,17 +297,20 @@ def _register() -> None:
         first = next(r for r in rows if r is not None)
         return first.new_empty((num_groups, num_tasks, num_tasks), dtype=torch.float64)
 
-    def combine_fake(rows: list, num_tasks: int, stacked: bool, groups: list | None, weights: Tensor) -> list:
+    def combine_fake(
+        rows: list, num_tasks: int, stacked: bool, groups: list | None, weights: Tensor, widen: bool = False
+    ) -> list:
         if stacked:
-            return [dense_like(r[0]) for r in rows]
+            return [dense_like(r[0], widen) for r in rows]
         per_param = [rows[i : i + num_tasks] for i in range(0, len(rows), num_tasks)]
-        return [dense_like(next(r for r in param if r is not None)) for param in per_param]
+        return [dense_like(next(r for r in param if r is not None), widen) for param in per_param]
 
-    def dense_like(row: Tensor) -> Tensor:
-        like = torch.empty_like(row)
+    def dense_like(row: Tensor, widen: bool) -> Tensor:
+        dtype = torch.float32 if widen and row.dtype.itemsize == 2 else row.dtype
+        like = torch.empty_like(row, dtype=dtype)
         if like.stride() == row.stride():
             return like
-        return torch.empty_like(row, memory_format=torch.contiguous_format)  # rows with gaps are copied
+        return torch.empty_like(row, dtype=dtype, memory_format=torch.contiguous_format)  # rows with gaps are copied
 
     def nothing(*args: Any) -> None:
         return None

@@ -45,9 +45,47 @@ def gram(grads: Gradients | Rows, groups: Sequence[int] | None = None, precision
     return torch.stack(gramian)
 
 
-def combine(grads: Gradients | Rows, weights: Tensor, groups: Sequence[int] | None = None) -> list[Tensor | None]:
+def combine(
+    grads: Gradients | Rows, weights: Tensor, groups: Sequence[int] | None = None, dtype: torch.dtype | None = None
+) -> list[Tensor | None]:
     """As `fastmtl.ops.combine`, always a list; differentiable in the gradients; reads the weights on the host."""
     rows = as_rows(grads, groups)
+    if dtype is not None:
+        check_dtype(dtype, rows)
+    totals = _totals(rows, weights)
+    return [None if x is None else rows.unpack(p, x.to(dtype or rows.dtype(p))) for p, x in enumerate(totals)]
+
+
+def combine_(rows: Rows, weights: Tensor, out: Sequence[Tensor]) -> None:
+    """As `fastmtl.ops.combine_`; reads the weights on the host."""
+    if len(out) != rows.num_params:
+        raise ValueError(f"out: expected one tensor per parameter ({rows.num_params}), found {len(out)}")
+    for p in rows.reached():
+        _check_output(f"out[{p}]", out[p].dtype, rows.dtype(p))
+    with torch.no_grad():
+        for target, total in zip(out, _totals(rows, weights), strict=True):
+            if total is not None:
+                target.add_(total)  # added in the wider of the two dtypes
+
+
+def check_dtype(dtype: torch.dtype, rows: Rows) -> None:
+    """Raise where not all of the gradients combine into this dtype."""
+    if not isinstance(dtype, torch.dtype):
+        raise TypeError(f"dtype: expected a torch.dtype, found {type(dtype).__name__}")
+    for p in rows.reached():
+        _check_output(f"dtype: parameter {p}", dtype, rows.dtype(p))
+
+
+def _check_output(name: str, dtype: torch.dtype, own: torch.dtype) -> None:
+    """Gradients combine into their own dtype; those of 16 bits also into float32."""
+    possible = {own, torch.float32} if own.itemsize == 2 else {own}
+    if dtype not in possible:
+        expected = " or ".join(sorted(map(str, possible)))
+        raise ValueError(f"{name}: expected {expected} for gradients of {own}, found {dtype}")
+
+
+def _totals(rows: Rows, weights: Tensor) -> list[Tensor | None]:
+    """Per parameter the weighted sum, not rounded to the gradients' dtype."""
     host = weights.reshape(rows.num_groups, rows.num_tasks).tolist()
     out: list[Tensor | None] = [None] * rows.num_params
     for p in rows.reached():
@@ -57,7 +95,7 @@ def combine(grads: Gradients | Rows, weights: Tensor, groups: Sequence[int] | No
         for w, x in zip(host[0 if rows.groups is None else rows.groups[p]], g, strict=True):
             if x is not None and w != 0:
                 total = total + w * x.to(total.dtype)
-        out[p] = total.to(like.dtype)
+        out[p] = total
     return out
 
 

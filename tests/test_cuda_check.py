@@ -26,7 +26,7 @@ def test_complains_of_spills_and_of_what_is_unlike_the_table() -> None:
     assert f"{name}: 8 bytes spilled" in text
     assert f"{name} takes 255 registers and 32768 bytes of shared memory on sm_90, more than" in text
     assert "new_kernel is not in cuda_kernels.csv" in text
-    assert "combine_kernel<float> is in cuda_kernels.csv, but no such kernel is compiled" in text
+    assert "combine_kernel<float, float> is in cuda_kernels.csv, but no such kernel is compiled" in text
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])

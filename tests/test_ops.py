@@ -67,6 +67,19 @@ def assert_combined(found: Tensor, rows: list[Tensor | None], weights: Tensor, a
     assert (error <= bound).all(), (error - bound).max()
 
 
+def assert_not_rounded(
+    found: Tensor, rows: list[Tensor | None], weights: Tensor, added_to: Tensor | None = None
+) -> None:
+    """The float32 sum of 16-bit rows, or what it was added to: no trace of 16 bits, which would be 5e-4 or 4e-3."""
+    (flat,) = wide([rows])
+    terms = weights.double().unsqueeze(1) * flat
+    if added_to is not None:
+        terms = torch.cat([terms, added_to.flatten().double().unsqueeze(0)])
+    assert found.dtype == torch.float32
+    error = (found.flatten().double() - terms.sum(0)).abs()
+    assert (error <= 1e-6 * terms.abs().sum(0)).all(), error.max()
+
+
 def random_params(num_tasks: int, sizes: list[int], dtype: torch.dtype) -> Params:
     return [[torch.randn(n).to(dtype) for _ in range(num_tasks)] for n in sizes]
 
@@ -372,6 +385,152 @@ def test_a_target_that_does_not_fit_raises_before_anything_is_written(out: list[
     assert all(torch.equal(x, torch.zeros_like(x)) for x in out)
 
 
+# ---- float32 results of 16-bit rows ----------------------------------------------------------------------------------
+
+HALF = [torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_wide_for_every_number_of_tasks_and_size(capability: str, dtype: torch.dtype) -> None:
+    for num_tasks in TASKS:
+        sizes = [0, 1, 2, 7, 8, 15, 16, 17, 33, 255, 257, 515, 1031, 2]
+        params = [[misaligned(x) for x in rows] for rows in random_params(num_tasks, sizes, dtype)]
+        params[3][0] = params[5][-1] = None
+        rows, weights = ops.as_rows(params), torch.randn(num_tasks)
+        weights[torch.rand(num_tasks) < 0.2] = 0
+        out = [torch.randn(n) for n in sizes]
+        before = [x.clone() for x in out]
+        ops.combine_(rows, weights, out)
+        new = ops.combine(rows, weights, dtype=torch.float32)
+        for found, added, p, b in zip(new, out, params, before, strict=True):
+            if num_tasks == 1 and p[0] is None:
+                assert found is None
+                assert torch.equal(added, b)
+                continue
+            assert_not_rounded(found, p, weights)
+            assert_not_rounded(added, p, weights, b)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("target", [torch.clone, transposed, channels_last, misaligned, with_gaps, flipped_strides])
+def test_wide_in_every_layout(target: Callable[[Tensor], Tensor], dtype: torch.dtype) -> None:
+    weights = torch.randn(3)
+    for layout in (torch.clone, *LAYOUTS):
+        rows: list[Tensor | None] = [layout(torch.randn(SHAPE).to(dtype)) for _ in range(3)]
+        rows[1] = None
+        out = target(torch.randn(SHAPE))
+        before = out.clone()
+        ops.combine_(ops.as_rows([rows]), weights, [out])
+        assert_not_rounded(out, rows, weights, before)
+        (new,) = ops.combine([rows], weights, dtype=torch.float32)
+        assert_not_rounded(new, rows, weights)
+        assert new.stride() == ops.combine([rows], weights)[0].stride()
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_wide_stacked_rows_and_groups(dtype: torch.dtype) -> None:
+    for layout in (torch.clone, transposed, channels_last, with_gaps, expanded, flipped_strides):
+        stacked = [layout(torch.randn(SHAPE).to(dtype)), torch.randn(3, 7).to(dtype)]
+        out = [torch.randn(SHAPE[1:]), torch.randn(7)]
+        before, weights = [x.clone() for x in out], torch.randn(2, 3)
+        ops.combine_(ops.as_rows(stacked, [1, 0]), weights, out)
+        new = ops.combine(stacked, weights, [1, 0], torch.float32)
+        for p, w in ((0, weights[1]), (1, weights[0])):
+            assert_not_rounded(out[p], [*stacked[p]], w, before[p])
+            assert_not_rounded(new[p], [*stacked[p]], w)
+    jacobian, weights = torch.randn(4, 9).to(dtype), torch.randn(4)
+    assert_not_rounded(ops.combine(jacobian, weights, dtype=torch.float32), [*jacobian], weights)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_wide_results_written_past_the_caches(capability: str, dtype: torch.dtype) -> None:
+    jacobian, weights = torch.randn(2, 2_100_000 + 13).to(dtype)[:, 13:], torch.randn(2)
+    assert_not_rounded(ops.combine([[*jacobian]], weights, dtype=torch.float32)[0], [*jacobian], weights)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_wide_does_not_read_a_row_of_weight_0(capability: str, dtype: torch.dtype) -> None:
+    for size in (1, 16, 1000):
+        rows = [torch.randn(size).to(dtype) for _ in range(5)]
+        poisoned = [*rows, torch.full((size,), math.nan).to(dtype), torch.full((size,), -math.inf).to(dtype)]
+        weights = torch.cat([torch.randn(5), torch.zeros(2)])
+        total = torch.ones(size)
+        ops.combine_(ops.as_rows([poisoned]), weights, [total])
+        assert_not_rounded(total, rows, weights[:5], torch.ones(size))
+        assert_not_rounded(ops.combine([poisoned], weights, dtype=torch.float32)[0], rows, weights[:5])
+
+
+def test_wide_where_dtypes_differ_between_parameters() -> None:
+    """Of mixed precision: those of 32 bits stay; and some outputs of one dtype may be wide."""
+    dtypes = [*HALF, torch.float32]
+    params: Params = [[torch.randn(9).to(d) for _ in range(3)] for d in dtypes]
+    weights = torch.randn(3)
+    for found, p in zip(ops.combine(params, weights, dtype=torch.float32), params, strict=True):
+        assert_not_rounded(found, p, weights)
+    params = random_params(3, [40, 40], torch.bfloat16)
+    out = [torch.zeros(40), torch.zeros(40, dtype=torch.bfloat16)]
+    ops.combine_(ops.as_rows(params), weights, out)
+    assert_not_rounded(out[0], params[0], weights)
+    assert_combined(out[1], params[1], weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_their_own_dtype_may_be_named(dtype: torch.dtype) -> None:
+    jacobian, weights = torch.randn(3, 50).to(dtype), torch.randn(3)
+    assert torch.equal(ops.combine(jacobian, weights, dtype=dtype), ops.combine(jacobian, weights))
+
+
+def test_dtypes_that_gradients_do_not_combine_into() -> None:
+    both = [torch.ones(1, 3).half(), torch.ones(1, 3).double()]
+    for grads, dtype, error in (
+        (torch.ones(1, 3), torch.bfloat16, "parameter 0: expected torch.float32 .*found torch.bfloat16"),
+        (torch.ones(1, 3), torch.float64, "parameter 0: expected torch.float32 .*found torch.float64"),
+        (torch.ones(1, 3).half(), torch.float64, "parameter 0: .*float16 or torch.float32 .*found torch.float64"),
+        (torch.ones(1, 3).half(), torch.bfloat16, "parameter 0: .*float16 or torch.float32 .*found torch.bfloat16"),
+        (both, torch.float32, "parameter 1: expected torch.float64 .*found torch.float32"),
+    ):
+        with pytest.raises(ValueError, match=f"dtype: {error}"):
+            ops.combine(grads, torch.ones(1), dtype=dtype)
+    with pytest.raises(TypeError, match=r"dtype: expected a torch\.dtype, found str"):
+        ops.combine(torch.ones(1, 3), torch.ones(1), dtype="float32")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("stacked", [False, True])
+@pytest.mark.parametrize(
+    ("rows", "out"),
+    [
+        (torch.float32, torch.bfloat16),
+        (torch.float64, torch.float32),
+        (torch.float32, torch.float64),
+        (torch.bfloat16, torch.float64),
+        (torch.bfloat16, torch.float16),
+        (torch.int16, torch.float32),
+    ],
+)
+def test_targets_that_rows_are_not_added_to(rows: torch.dtype, out: torch.dtype, stacked: bool) -> None:
+    targets = [torch.zeros(2, dtype=rows if rows.is_floating_point else out), torch.zeros(4, dtype=out)]
+    grads = [torch.ones(1, 2).to(targets[0].dtype), torch.ones(1, 4, dtype=rows)]
+    with pytest.raises(ValueError, match=r"parameter 1.*(another dtype than the output|expected float32)"):
+        ops.combine_(ops.as_rows(grads if stacked else [[*g] for g in grads]), torch.ones(1), targets)
+    assert all(torch.equal(x, torch.zeros_like(x)) for x in targets)
+
+
+def test_rows_of_two_dtypes_are_not_added_to_a_wide_target() -> None:
+    for first, second in itertools.permutations([torch.bfloat16, torch.float32, torch.float16], 2):
+        rows: Params = [[torch.ones(4, dtype=first), torch.ones(4, dtype=second)]]
+        with pytest.raises(ValueError, match="parameter 0, task 1: gradient of another dtype"):
+            ops.combine_(ops.as_rows(rows), torch.ones(2), [torch.zeros(4)])
+
+
+@pytest.mark.parametrize("dtype", HALF)
+def test_wide_without_kernels(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(ops._extension, "kernels_on", lambda device: False)
+    rows, weights, total = torch.randn(3, 50).to(dtype), torch.randn(3), torch.ones(50)
+    ops.combine_(ops.as_rows(rows), weights, [total])
+    assert_not_rounded(total, [*rows], weights, torch.ones(50))
+    assert_not_rounded(ops.combine(rows, weights, dtype=torch.float32), [*rows], weights)
+
+
 # ---- errors ----------------------------------------------------------------------------------------------------------
 
 
@@ -459,7 +618,8 @@ def test_any_number_of_threads_gives_the_same_bits(
         results = []
         for threads in (1, 2, 3, 1):
             set_threads(threads)
-            results.append((ops.gram(rows), ops.combine(rows, weights)))
+            totals = [*ops.combine(rows, weights), *ops.combine(rows, weights, dtype=torch.float32)]
+            results.append((ops.gram(rows), totals))
         assert_gram(results[0][0], params)
         for gramian, totals in results[1:]:
             assert torch.equal(gramian, results[0][0])
@@ -503,6 +663,7 @@ def example_calls() -> dict[str, list[tuple]]:
     separate = [torch.randn(4).to(torch.bfloat16), None, torch.randn(4).to(torch.bfloat16), *torch.randn(3, 2, 2)]
     gapped: list[Tensor | None] = [gaps_and_transposed(torch.randn(3, 4, 5)), expanded(torch.randn(3, 2, 4, 5))]
     apart = [gaps_and_transposed(torch.randn(4, 5)) for _ in range(3)]
+    half: list[Tensor | None] = [x.to(torch.bfloat16) for x in gapped]
     weights, two = torch.randn(1, 3, dtype=torch.float64), torch.randn(2, 3, dtype=torch.float64)
     g = torch.randn(2, 3, 4, dtype=torch.float64)
     gramian, mask, rng = g @ g.mT, torch.tensor([[True, True, True], [True, False, True]]), torch.tensor([3, 4])
@@ -520,10 +681,14 @@ def example_calls() -> dict[str, list[tuple]]:
             (separate, 3, False, [1, 0], two),
             (gapped, 3, True, None, weights),
             (apart, 3, False, None, weights),
+            (separate, 3, False, [1, 0], two, True),
+            (half, 3, True, None, weights, True),
+            ([x.half() for x in apart], 3, False, None, weights, True),
         ],
         "combine_": [
             (stacked, 3, True, None, weights, [torch.randn(4, 5), torch.randn(2)]),
             (apart, 3, False, None, weights, [with_gaps(torch.randn(4, 5))]),
+            (separate, 3, False, [1, 0], two, [torch.randn(4), torch.randn(2, 2)]),
         ],
         "min_norm": [(gramian, None), (gramian, mask)],
         "pcgrad": [(gramian, mask, None, rng, 0, False, True), (gramian, None, order, None, 1, True, False)],
@@ -550,9 +715,12 @@ def everything(jacobian: Tensor, params: list[Tensor], apart: list[Tensor], rng:
     gradvac, moved = ops.gradvac(gramian, targets, None, "shared", rng)
     total = torch.zeros(3, 4)
     ops.combine_(ops.as_rows([apart]), weights, [total])
+    half = [x.half() for x in apart]
+    ops.combine_(ops.as_rows([half]), weights, [total])
     return [
         *(gramian, per_layer, separate, weights, gap, pcgrad, gradvac, moved, total),
         ops.combine(jacobian, gradvac + weights),
+        *ops.combine([half], weights, dtype=torch.float32),
         *ops.combine(params, pcgrad, [0, 1]),
     ]
 

@@ -84,6 +84,47 @@ def test_combine_does_not_read_rows_of_weight_zero() -> None:
     assert out.dtype == torch.float32
 
 
+HALF_ROWS = torch.tensor([[1.0, 3.0], [2.0**-12, -3.0]], dtype=torch.bfloat16)  # 1 + 2^-12 takes 13 bits
+
+
+def test_combine_rounds_once_and_to_the_dtype_that_is_asked_for() -> None:
+    weights = torch.tensor([1.0, 1.0])
+    for dtype, expected in ((None, 1.0), (torch.bfloat16, 1.0), (torch.float32, 1 + 2.0**-12)):
+        (out,) = reference.combine(HALF_ROWS, weights, dtype=dtype)
+        assert out is not None
+        assert out.dtype == (dtype or torch.bfloat16)
+        assert out.tolist() == [expected, 0.0]
+
+
+def test_combine_into_existing_tensors_rounds_once() -> None:
+    rows, weights = reference.as_rows([HALF_ROWS, torch.ones(2, 3)]), torch.tensor([1.0, 1.0])
+    # bfloat16 has no number between 1 and 1 + 2^-7, and the middle, 1 + 2^-8, goes to 1: only the 2^-12, which a sum
+    # rounded by itself has lost, brings it above.
+    for start, dtype, expected in ((16.0, torch.float32, 17 + 2.0**-12), (2.0**-8, torch.bfloat16, 1 + 2.0**-7)):
+        out = [torch.full((2,), start, dtype=dtype), torch.full((3,), 5.0, requires_grad=True)]
+        reference.combine_(rows, weights, out)
+        assert out[0].tolist() == [expected, start]
+        assert out[1].tolist() == [7.0] * 3
+
+
+def test_combine_leaves_unreached_targets_alone() -> None:
+    out = [torch.ones(2), torch.ones(3)]
+    reference.combine_(reference.as_rows([[None, None], [None, torch.ones(3)]]), torch.ones(2), out)
+    assert [x.tolist() for x in out] == [[1.0] * 2, [2.0] * 3]
+
+
+def test_dtypes_that_gradients_do_not_combine_into() -> None:
+    for dtype in (torch.float64, torch.float16):
+        with pytest.raises(ValueError, match=rf"dtype: parameter 0: .*bfloat16 or torch.float32 .*found {dtype}"):
+            reference.combine(HALF_ROWS, torch.ones(2), dtype=dtype)
+        out = [torch.zeros(3), torch.zeros(2, dtype=dtype)]
+        with pytest.raises(ValueError, match=rf"out\[1\]: .*bfloat16 or torch.float32 .*found {dtype}"):
+            reference.combine_(reference.as_rows([torch.ones(2, 3), HALF_ROWS]), torch.ones(2), out)
+        assert not out[0].any()
+    with pytest.raises(ValueError, match=r"out: expected one tensor per parameter \(1\), found 0"):
+        reference.combine_(reference.as_rows(HALF_ROWS), torch.ones(2), [])
+
+
 def test_gram_and_combine_are_differentiable() -> None:
     g = torch.from_numpy(normal(3, 4)).requires_grad_()
     w = torch.from_numpy(normal(3, seed=1))

@@ -1,9 +1,9 @@
 // Weighted sum of the rows on the CPU: out[p] (+)= sum_t weights[group(p)][t] * rows[p][t].
 //
 // Traffic: one read of the rows with a weight other than 0, one write of the output (a read more if accumulating). All
-// rows pass through a block of accumulators in registers, in fp32 (fp64 for fp64), rounded once when stored. Where the
-// whole output is too large to stay in the last-level cache, it is written past the caches: else each line would be
-// read before it is overwritten.
+// rows pass through a block of accumulators in registers, in fp32 (fp64 for fp64), rounded once when stored; not at
+// all where the output of 16-bit rows is fp32. Where the whole output is too large to stay in the last-level cache, it
+// is written past the caches: else each line would be read before it is overwritten.
 #include <algorithm>
 #include <cstdint>
 #include <vector>
@@ -15,7 +15,7 @@
 namespace fastmtl {
 namespace {
 
-// The elements [begin, end) of one parameter, of the type for which the kernel was made.
+// The elements [begin, end) of one parameter, of the types for which the kernel was made.
 struct CombineCall {
   const void* const* rows;  // num_rows pointers to the parameter's element 0
   const void* weights;      // num_rows floats, or doubles where the elements are doubles
@@ -41,12 +41,13 @@ using CombineKernel = void (*)(const CombineCall&);
 namespace fastmtl {
 namespace {
 
-CombineKernel combine_kernel(Scalar type) {
+CombineKernel combine_kernel(Scalar type, Scalar out) {
+  const bool wider = out != type;
 #if defined(__x86_64__)
-  if (capability() == Capability::avx512) return avx512::kCombineKernels[int(type)];
-  if (capability() == Capability::avx2) return avx2::kCombineKernels[int(type)];
+  if (capability() == Capability::avx512) return avx512::kCombineKernels[int(type)][wider];
+  if (capability() == Capability::avx2) return avx2::kCombineKernels[int(type)][wider];
 #endif
-  return portable::kCombineKernels[int(type)];
+  return portable::kCombineKernels[int(type)][wider];
 }
 
 // The rows of one parameter that take part, and their weights. Scratch memory of one worker.
@@ -71,13 +72,13 @@ struct Terms {
 
 }  // namespace
 
-void combine_cpu(const Rows& rows, const double* weights, void* const* out, bool accumulate) {
+void combine_cpu(const Rows& rows, const double* weights, const Output* out, bool accumulate) {
   int64_t columns = 0, bytes = 0;
   std::vector<int64_t> order(rows.num_params);
   for (int64_t p = 0; p < rows.num_params; ++p) {
     order[p] = p;
     columns += rows.params[p].size;
-    bytes += rows.params[p].size * element_size(rows.params[p].type);
+    bytes += rows.params[p].size * element_size(out[p].type);
   }
   if (columns == 0) return;
   const bool stream = !accumulate && bytes > kStreamBytes;
@@ -105,10 +106,10 @@ void combine_cpu(const Rows& rows, const double* weights, void* const* out, bool
       call.rows = terms.rows.data();
       call.weights =
           parameter.type == Scalar::f64 ? static_cast<const void*>(terms.doubles.data()) : terms.floats.data();
-      call.out = out[p];
+      call.out = out[p].data;
       call.accumulate = accumulate;
       call.stream = stream;
-      combine_kernel(parameter.type)(call);
+      combine_kernel(parameter.type, out[p].type)(call);
     }
   });
 }

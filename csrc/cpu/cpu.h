@@ -10,7 +10,7 @@ void gram_cpu(const Rows& rows, double* gramian);
 
 // out[p][x] = (accumulate ? out[p][x] : 0) + sum_t weights[group(p)][t] * rows[p][t][x]; weights [K,T].
 // A row of weight 0 is not read (0 * inf is 0 here); a NaN weight gives NaN.
-void combine_cpu(const Rows& rows, const double* weights, void* const* out, bool accumulate);
+void combine_cpu(const Rows& rows, const double* weights, const Output* out, bool accumulate);
 
 const char* cpu_capability();               // "avx512" | "avx2" | "portable": what the kernels above use
 bool set_cpu_capability(const char* name);  // for tests and benchmarks; false where this CPU lacks it

@@ -5,7 +5,8 @@
 //   come first, since they are what the Gramian has left in the L2 cache. Per parameter a block lists its rows of a
 //   weight other than 0 in shared memory, then every thread walks that list, eight rows at once, for 16 bytes of
 //   columns at a time.
-// Accumulation: in task order, in fp64 for f64 rows and fp32 for the others, rounded to the rows' type once, on store.
+// Accumulation: in task order, in fp64 for f64 rows and fp32 for the others, rounded to out's type once, on store:
+//   that of the rows, or f32 where they are bf16 or f16.
 // Limits: T <= Table::kMaxRows.
 #include "cuda.h"
 #include "element.h"
@@ -62,10 +63,10 @@ __device__ __forceinline__ void add_terms(const Term<Element>* terms, int64_t i,
 }
 
 // Writes columns [begin, end) of out, N a thread and step. Returns the first column left over (fewer than N are).
-template <int N, class Element>
-__device__ __forceinline__ int64_t add_rows(const Term<Element>* terms, int num_terms, Element* out, bool accumulate,
+template <int N, class Element, class Out>
+__device__ __forceinline__ int64_t add_rows(const Term<Element>* terms, int num_terms, Out* out, bool accumulate,
                                             int64_t begin, int64_t end) {
-  using Pack = Elements<Element, N>;
+  using Pack = Elements<Out, N>;
   for (int64_t i = begin + N * int(threadIdx.x); i + N <= end; i += N * kThreads) {
     Pack pack = accumulate ? Pack::load(out + i) : Pack::zero();
     Sum<Element> sums[N];
@@ -77,13 +78,13 @@ __device__ __forceinline__ int64_t add_rows(const Term<Element>* terms, int num_
     if (num_terms & 2) add_terms<2>(terms + k, i, sums), k += 2;
     if (num_terms & 1) add_terms<1>(terms + k, i, sums);
 #pragma unroll
-    for (int n = 0; n < N; ++n) pack.x[n] = narrow<Element>(sums[n]);
+    for (int n = 0; n < N; ++n) pack.x[n] = narrow<Out>(sums[n]);
     pack.store(out + i);
   }
   return end - (end - begin) % N;
 }
 
-template <class Element>
+template <class Element, class Out>
 __global__ void __launch_bounds__(kThreads) combine_kernel(GRID_CONSTANT(Table) table, int64_t units_per_range,
                                                            const double* __restrict__ weights, bool accumulate) {
   DYNAMIC_SHARED(Term<Element>, terms);
@@ -93,7 +94,7 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(GRID_CONSTANT(Table) 
     __syncthreads();  // nobody reads the previous parameter's list any more
     list_terms(table, p, weights, terms, num_terms);
     __syncthreads();
-    Element* const out = static_cast<Element*>(table.params[p].out);
+    Out* const out = static_cast<Out*>(table.params[p].out);
     if (table.params[p].vector) {
       begin = add_rows<kVector<Element>>(terms, num_terms[0], out, accumulate, begin, end);
     }
@@ -101,19 +102,33 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(GRID_CONSTANT(Table) 
   });
 }
 
+// One launch per table of the parameters of the two types.
+template <class Element, class Out>
+cudaError_t combine_tables(const Rows& rows, Scalar type, const double* weights, const Output* out, Scalar out_type,
+                           bool accumulate, cudaStream_t stream) {
+  return for_each_table(rows, type, out, out_type, kRanges, true,
+                        [&](const Table& table, int64_t, int64_t num_ranges, int64_t units_per_range) {
+                          return launch(combine_kernel<Element, Out>, dim3(num_ranges), kThreads,
+                                        rows.num_tasks * sizeof(Term<Element>), stream, table, units_per_range, weights,
+                                        accumulate);
+                        });
+}
+
 }  // namespace
 
-cudaError_t combine_cuda(const Rows& rows, const double* weights, void* const* out, bool accumulate,
+cudaError_t combine_cuda(const Rows& rows, const double* weights, const Output* out, bool accumulate,
                          cudaStream_t stream) {
   for (Scalar type : kScalars) {
-    cudaError_t error = for_each_table(
-        rows, type, out, kRanges, true, [&](const Table& table, int64_t, int64_t num_ranges, int64_t units_per_range) {
-          return with_element(type, [&](auto element) {
-            using Element = decltype(element);
-            return launch(combine_kernel<Element>, dim3(num_ranges), kThreads, rows.num_tasks * sizeof(Term<Element>),
-                          stream, table, units_per_range, weights, accumulate);
-          });
-        });
+    const cudaError_t error = with_element(type, [&](auto element) {
+      using Element = decltype(element);
+      cudaError_t error = combine_tables<Element, Element>(rows, type, weights, out, type, accumulate, stream);
+      if constexpr (sizeof(Element) == 2) {
+        if (error == cudaSuccess) {
+          error = combine_tables<Element, float>(rows, type, weights, out, Scalar::f32, accumulate, stream);
+        }
+      }
+      return error;
+    });
     if (error != cudaSuccess) return error;
   }
   return cudaSuccess;

@@ -18,7 +18,7 @@ size_t gram_cuda_scratch(const Rows& rows);
 cudaError_t gram_cuda(const Rows& rows, void* scratch, double* gramian, cudaStream_t stream, bool fast = false);
 
 // As combine_cpu. out: a host table of device pointers. No scratch.
-cudaError_t combine_cuda(const Rows& rows, const double* weights, void* const* out, bool accumulate,
+cudaError_t combine_cuda(const Rows& rows, const double* weights, const Output* out, bool accumulate,
                          cudaStream_t stream);
 
 size_t min_norm_cuda_scratch(const Problems&);

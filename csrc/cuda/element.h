@@ -42,10 +42,12 @@ __device__ __forceinline__ __half narrow<__half>(float x) {
   return __float2half_rn(x);
 }
 
-// N consecutive elements: one access of 16 bytes (N = kVector, from an aligned address) or of one element (N = 1).
+// N consecutive elements: accesses of 16 bytes (N a multiple of kVector, from an aligned address) or of one element
+// (N = 1).
 template <class Element, int N>
 struct Elements {
-  static_assert(N == 1 || N == kVector<Element>, "one element or 16 bytes");
+  static_assert(N == 1 || N % kVector<Element> == 0, "one element or a multiple of 16 bytes");
+  static constexpr int kAccesses = sizeof(Element) * N / 16;
   Element x[N];
 
   __device__ __forceinline__ static Elements load(const Element* from) {
@@ -53,8 +55,11 @@ struct Elements {
     if constexpr (N == 1) {
       e.x[0] = *from;
     } else {
-      const uint4 bits = *reinterpret_cast<const uint4*>(from);
-      memcpy(static_cast<void*>(e.x), &bits, sizeof(bits));
+#pragma unroll
+      for (int i = 0; i < kAccesses; ++i) {
+        const uint4 bits = reinterpret_cast<const uint4*>(from)[i];
+        memcpy(static_cast<void*>(e.x + i * kVector<Element>), &bits, sizeof(bits));
+      }
     }
     return e;
   }
@@ -62,9 +67,12 @@ struct Elements {
     if constexpr (N == 1) {
       *to = x[0];
     } else {
-      uint4 bits;
-      memcpy(&bits, x, sizeof(bits));
-      *reinterpret_cast<uint4*>(to) = bits;
+#pragma unroll
+      for (int i = 0; i < kAccesses; ++i) {
+        uint4 bits;
+        memcpy(&bits, x + i * kVector<Element>, sizeof(bits));
+        reinterpret_cast<uint4*>(to)[i] = bits;
+      }
     }
   }
   __device__ __forceinline__ static Elements zero() {

@@ -88,7 +88,7 @@ Ranges ranges_for(int num_tasks) {
 size_t gram_cuda_scratch(const Rows& rows) {
   int64_t most_ranges = 0;
   for (Scalar type : kScalars) {
-    for_each_table(rows, type, nullptr, ranges_for(rows.num_tasks), false,
+    for_each_table(rows, type, nullptr, type, ranges_for(rows.num_tasks), false,
                    [&](const Table&, int64_t first_range, int64_t num_ranges, int64_t) {
                      most_ranges = std::max(most_ranges, first_range + num_ranges);
                      return cudaSuccess;
@@ -114,7 +114,7 @@ cudaError_t gram_cuda(const Rows& rows, void* scratch, double* gramian, cudaStre
       return rows.num_tasks <= kMaxTasksInRegisters ? gram_registers(type, partials)
                                                     : gram_tensor_cores(type, fast, partials);
     };
-    cudaError_t error = for_each_table(rows, type, nullptr, ranges_for(rows.num_tasks), false, visit);
+    cudaError_t error = for_each_table(rows, type, nullptr, type, ranges_for(rows.num_tasks), false, visit);
     if (error != cudaSuccess) return error;
     for (int group = 0; group < rows.num_groups; ++group) first[group + 1] = std::max(first[group], first[group + 1]);
     if (first.back() == 0) continue;

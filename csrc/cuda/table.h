@@ -61,15 +61,16 @@ __device__ __forceinline__ void for_each_run(const Table& table, int64_t range, 
 
 // Packs the parameters of one type into as few tables as hold them and calls visit(table, first_range, num_ranges,
 // units_per_range) for each, ranges numbered through all tables; the last table comes first if `backwards`, and ranges
-// are numbered in that order. `out` is null, or tells where each parameter's result goes.
+// are numbered in that order. `out` is null, or tells where each parameter's result goes; then only the parameters
+// whose result is of out_type count.
 template <class Visit>
-cudaError_t for_each_table(const Rows& rows, Scalar type, void* const* out, Ranges ranges, bool backwards,
-                           Visit visit) {
+cudaError_t for_each_table(const Rows& rows, Scalar type, const Output* out, Scalar out_type, Ranges ranges,
+                           bool backwards, Visit visit) {
   std::vector<int64_t> order;
   int64_t units = 0;
   for (int64_t p = 0; p < rows.num_params; ++p) {
     const Parameter& param = rows.params[p];
-    if (param.type != type || param.size == 0) continue;
+    if (param.type != type || (out && out[p].type != out_type) || param.size == 0) continue;
     order.push_back(p);
     units += ceil_div(param.size, kUnit);
   }
@@ -92,7 +93,7 @@ cudaError_t for_each_table(const Rows& rows, Scalar type, void* const* out, Rang
     for (int n = 0; n < table.num_params; ++n) {
       const Parameter& param = rows.params[order[first_param + n]];
       if (n > 0 && param.group != table.params[n - 1].group) unit = ceil_div(unit, units_per_range) * units_per_range;
-      void* const target = out ? out[order[first_param + n]] : nullptr;
+      void* const target = out ? out[order[first_param + n]].data : nullptr;
       uintptr_t address_bits = reinterpret_cast<uintptr_t>(target);
       for (int t = 0; t < rows.num_tasks; ++t) {
         table.rows[n * rows.num_tasks + t] = param.rows[t];

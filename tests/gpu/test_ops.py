@@ -72,6 +72,16 @@ def test_gram_and_combine(num_tasks: int, dtype: torch.dtype) -> None:
         for found, g, k in zip(out, flat, groups, strict=True):
             if found is not None:
                 assert_combined(found, g, weights[k])
+        if dtype.itemsize == 2:  # not rounded to 16 bits, new and added
+            wide_out = ops.combine(params, weights, groups, torch.float32)
+            total = [torch.ones(size, device="cuda") for size in SIZES]
+            ops.combine_(ops.as_rows(params, groups), weights, total)
+            for found, added, g, k in zip(wide_out, total, flat, groups, strict=True):
+                if found is not None:
+                    assert found.dtype == torch.float32
+                    assert_combined(found, g, weights[k])
+                one = torch.ones(1, device="cuda")
+                assert_combined(added, torch.cat([g, torch.ones_like(g[:1])]), torch.cat([weights[k], one]))
 
 
 @pytest.mark.parametrize("num_tasks", [2, 8, 40])
