@@ -9,9 +9,10 @@ from importlib import metadata as _metadata
 from fastmtl import ops, reference, solvers
 from fastmtl.aggregate import aggregate
 from fastmtl.backward import backward
+from fastmtl.labels import labelled_losses
 from fastmtl.layer import FeatureSurgery
 from fastmtl.result import Result
-from fastmtl.surgery import MGDA, PELTR, GradientMethod, GradNorm, GradVac, PCGrad, Step
+from fastmtl.surgery import MGDA, PELTR, Amortized, GradientMethod, GradNorm, GradVac, PCGrad, Step
 from fastmtl.task_gradients import TaskGradients
 from fastmtl.weighting import DWA, HTW, LBTW, LossWeighting, UncertaintyWeighting
 
@@ -26,6 +27,7 @@ __all__ = [
     "LBTW",
     "MGDA",
     "PELTR",
+    "Amortized",
     "FeatureSurgery",
     "GradNorm",
     "GradVac",
@@ -38,6 +40,7 @@ __all__ = [
     "UncertaintyWeighting",
     "aggregate",
     "backward",
+    "labelled_losses",
     "ops",
     "reference",
     "solvers",

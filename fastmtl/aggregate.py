@@ -27,7 +27,8 @@ def aggregate(
 
     Args:
         grads: A Jacobian ``[T, P]``; or one stacked ``[T, *shape]`` tensor per parameter; or T tensors or None (the
-            task does not reach it) per parameter. float32, float64, bfloat16 or float16, on one device.
+            task does not reach it) per parameter, which may be sparse COO tensors of one sparse dimension. float32,
+            float64, bfloat16 or float16, on one device.
         method: A gradient method; or a loss weighting, together with ``losses``.
         groups: Per parameter the index of its group, 0..K-1; None: one group.
         losses: Loss values, for methods that need them.
@@ -35,14 +36,15 @@ def aggregate(
 
     Returns:
         `Result`: ``grads`` is ``[P]`` for a Jacobian, else a list with one tensor per parameter (None where no task
-        reaches it); ``weights`` and ``gramian`` as there.
+        reaches it; sparse and coalesced where all its rows are sparse); ``weights`` and ``gramian`` as there.
 
     Raises:
-        TypeError: ``grads`` or ``method`` is of the wrong type.
+        TypeError: ``grads`` or ``method`` is of the wrong type; a sparse tensor of another layout.
         ValueError: Shapes that do not fit, losses that are missing or of another number.
 
     Note:
-        Cost: two reads of the gradients and one write of P; the gradients are not written. No host synchronisation.
+        Cost: two reads of the gradients and one write of P; the gradients are not written. No host synchronisation,
+        unless there are sparse gradients, which are first copied; see `fastmtl.sparse`.
 
     Example:
         >>> import torch, fastmtl

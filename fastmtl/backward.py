@@ -2,22 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import weakref
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fastmtl import ops
+from fastmtl.checks import whole
 from fastmtl.engine import (
     Method,
     accumulate,
     check_method,
     check_nonfinite,
+    clip,
     decide,
     refuse_options,
-    refuse_unsupported,
     restored_on_error,
     scale_of,
     task_mask,
@@ -25,10 +26,12 @@ from fastmtl.engine import (
     warn_if_distributed,
     weighed_losses,
 )
-from fastmtl.losses import Losses, LossesLike, parse_losses
-from fastmtl.parameters import GroupsLike, ParamsLike, find_leaves, resolve_groups, resolve_params
+from fastmtl.losses import LossesLike, parse_losses
+from fastmtl.parameters import GroupsLike, ParamsLike, check_one_device, find_leaves, resolve_groups, resolve_params
+from fastmtl.passes import Passes
 from fastmtl.result import Result
-from fastmtl.rows import Rows, ThroughBackward, ThroughGrad
+from fastmtl.rows import Rows, ThroughGrad, constant_mask
+from fastmtl.surgery.amortized import Amortized
 from fastmtl.surgery.base import GradientMethod
 from fastmtl.weighting.base import LossWeighting
 
@@ -47,6 +50,8 @@ def backward(
     nonfinite: str = "propagate",
     max_norm: float | None = None,
     precision: str = "full",
+    chunk_size: int | None = None,
+    row_dtype: torch.dtype | None = None,
     filler: str = "auto",
     retain_graph: bool = False,
 ) -> Result:
@@ -76,6 +81,13 @@ def backward(
         max_norm: Upper bound of the norm of the combined shared gradient, from the Gramian, without another pass; see
             `fastmtl.engine.clip` for its rounding. With a scaler: of the unscaled gradient.
         precision: ``"full"`` or ``"fast"``, of the Gramian; see `fastmtl.ops.gram`.
+        chunk_size: Pass so many tasks at once through what the tasks share of the graph (``is_grads_batched``), and
+            free each head's graph as soon as it was passed. Faster where a pass is bound by launches (small batches) or
+            PyTorch batches the operations well; slower elsewhere: measure. 1: no batching, heads freed all the same.
+            None: one whole pass per task. Hooks of tensors at the heads' inputs run more than once.
+        row_dtype: Store float32 per-task gradients of the shared parameters in ``torch.bfloat16`` or ``torch.float16``,
+            half the memory; each is rounded once, the sum is in float32. None: as they come, which they also are
+            while ``shared_params`` are still to be found.
         filler: How rows are obtained. ``"grad"``: ``torch.autograd.grad``, fires no hooks of the parameters.
             ``"backward"``: ``.backward()``, taking ``.grad``; for reentrant checkpointing. ``"auto"`` picks.
         retain_graph: Keep the graph afterwards.
@@ -91,7 +103,8 @@ def backward(
 
     Note:
         Cost: T backward passes through the shared part (one, if ``method`` is a loss weighting), then two reads of the
-        T x P per-task gradients and one write of P; T x P memory. No host synchronisation with the default policy.
+        T x P per-task gradients and one write of P; T x P memory. No host synchronisation with the default policy. Of
+        parameters with sparse gradients only the rows that are touched count, which synchronises; see `fastmtl.sparse`.
 
     Example:
         >>> import torch, fastmtl
@@ -109,6 +122,12 @@ def backward(
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm: expected a positive norm, found {max_norm}")
     ops.check_precision(precision)
+    if chunk_size is not None:
+        chunk_size = whole("chunk_size", chunk_size, 1)
+    if row_dtype not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"row_dtype: expected torch.bfloat16, torch.float16 or None, found {row_dtype!r}")
+    if isinstance(method, Amortized) and nonfinite != "propagate":
+        raise ValueError(f"nonfinite={nonfinite!r}: Amortized looks at no gradients between its updates")
     warn_if_distributed()
     grouped = groups not in (None, "all")
     parsed = parse_losses(losses)
@@ -121,36 +140,58 @@ def backward(
         candidates = known
     ids = {id(p) for p in candidates.values()}
     heads = [p for p in leaves if id(p) not in ids]
-    hidden = "CheckpointFunctionBackward" in kinds  # reentrant checkpointing: what lies within is not in the graph
+    # Reentrant checkpointing: what lies within is not in the graph.
+    hidden = any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds)
     if hidden and model is not None:
         seen = ids | {id(p) for p in heads}
         heads += [p for p in resolve_params(model, model, "model").values() if id(p) not in seen]
-    elif hidden and (gramian_params is not None or nonfinite != "propagate" or getattr(method, "scale_heads", False)):
+    elif hidden and (
+        gramian_params is not None
+        or nonfinite != "propagate"
+        or isinstance(method, Amortized)
+        or getattr(method, "scale_heads", False)
+    ):
         raise ValueError("model: needed here, since reentrant checkpointing hides which parameters the heads have")
     if filler == "auto":
         filler = "backward" if hidden else "grad"
+    if chunk_size is not None and filler == "backward":
+        raise ValueError(f"chunk_size={chunk_size}: needs filler='grad', which reentrant checkpointing does not allow")
     by_id = {id(p): name for name, p in candidates.items()}
-    passes = _Passes(parsed, filler, scale_of(scaler, parsed.device), retain_graph, by_id, precision)
+    scale = scale_of(scaler, parsed.device)
+    passes = Passes(parsed, kinds, filler, scale, retain_graph, by_id, precision, chunk_size, row_dtype)
 
     if isinstance(method, LossWeighting):
         refuse_options(method, nonfinite=nonfinite, max_norm=max_norm, gramian_params=gramian_params)
         num_groups = resolve_groups(groups, candidates, model)[1]
         weights = _weigh_losses(passes, method, [*candidates.values(), *heads])
         return Result.of(_grads(candidates.values()), weights.expand(num_groups, -1), None, grouped)
+    if known is not None and not grouped:
+        with restored_on_error(method):
+            held = method.ready(constant_mask([[x is not None for x in parsed.items]], parsed.device))
+            if held is not None:
+                if method.positional:
+                    method.remember(parsed.names)
+                _one_pass(passes, method, [*candidates.values()], heads, held, max_norm)
+                return Result.of(_grads(candidates.values()), held, None, grouped=False)
+    passes.prove([*candidates.values()])
     if gramian_params is not None:
         if grouped:
             raise ValueError("gramian_params: knows one group of parameters only; drop groups=")
-        lean = [*resolve_params(gramian_params, model, "gramian_params").values()]
+        few = resolve_params(gramian_params, model, "gramian_params")
+        check_one_device(few, "gramian_params")
+        lean = [*few.values()]
         if known is None and not method.scale_heads:
             raise ValueError("gramian_params: pass shared_params= too; it is not known yet which parameters are heads")
         with restored_on_error(method):
             return _on_gramian_params(passes, method, [*candidates.values()], heads, lean, nonfinite, max_norm)
 
     params = [*candidates.values(), *heads]
-    tasks = passes.per_task(params)
-    shared = list(range(len(candidates))) if known is not None else _discover(model, candidates, tasks)
+    tasks = passes.per_task(params, stored=0 if known is None else len(candidates))
+    shared = list(range(len(candidates))) if known is not None else _discover(candidates, tasks)
     names = [*candidates]
-    indices, num_groups = resolve_groups(groups, {names[i]: params[i] for i in shared}, model)
+    found = {names[i]: params[i] for i in shared}
+    check_one_device(found, "shared_params")
+    indices, num_groups = resolve_groups(groups, found, model)
     rows = Rows.by_task(_columns(tasks, shared), indices, num_groups)
     _refuse_unreached(rows, "shared_params")
     mask = task_mask(rows, parsed)
@@ -163,69 +204,12 @@ def backward(
                 ([params[i] for i in shared], rows, decision.weights),
                 ([params[i] for i in rest], Rows.by_task(_columns(tasks, rest)), decision.for_heads(method)),
             )
+    if known is None and model is not None and all(task is not None for task in tasks):
+        _shared_of[model] = (len(tasks), *names), [names[i] for i in shared]
     return Result.of(_grads(params[i] for i in shared), decision.weights, gramian, grouped)
 
 
-class _Passes:
-    """The backward passes of one step."""
-
-    def __init__(
-        self,
-        losses: Losses,
-        filler: str,
-        scale: Tensor | None,
-        retain_graph: bool,
-        names: dict[int, str],
-        precision: str,
-    ) -> None:
-        self.losses, self.scale, self.retain_graph = losses, scale, retain_graph
-        self.names = names  # by id, of parameters, for errors
-        self.precision = precision
-        self.through = ThroughGrad if filler == "grad" else ThroughBackward
-
-    def without(self, kept: Tensor) -> _Passes:
-        """The passes over the tasks that were kept only; synchronises with the host."""
-        items = tuple(x if keep else None for x, keep in zip(self.losses.items, kept.tolist(), strict=True))
-        passes = copy.copy(self)
-        passes.losses = Losses(self.losses.names, items)
-        return passes
-
-    def per_task(self, params: Sequence[Tensor], then_more: bool = False) -> list[Sequence[Tensor | None] | None]:
-        """Each task's gradients, None for absent tasks; ``then_more``: keep the graph for further passes."""
-        last = max(t for t, x in enumerate(self.losses.items) if x is not None)
-        with self.through(params) as run:
-            tasks = [
-                None if x is None else run([x], [self._cotangent(x)], self.retain_graph or then_more or t < last)
-                for t, x in enumerate(self.losses.items)
-            ]
-        for task in tasks:
-            if task is not None:
-                refuse_unsupported(params, task, self.names)
-        return tasks
-
-    def weighted(
-        self, params: Sequence[Tensor], weights: Tensor | None, then_more: bool = False, aside: Sequence[Tensor] = ()
-    ) -> list[Tensor | None]:
-        """One pass for ``sum_t w_t L_t``; None: the plain sum. ``aside``: must not be accumulated into meanwhile."""
-        outputs, cotangents = [], []
-        for t, x in enumerate(self.losses.items):
-            if x is not None:
-                outputs.append(x)
-                cotangents.append(self._cotangent(x, None if weights is None else weights[t]))
-        everything = [*params, *aside] if self.through is ThroughBackward else params
-        with self.through(everything) as run:
-            grads = list(run(outputs, cotangents, self.retain_graph or then_more))[: len(params)]
-        refuse_unsupported(params, grads, self.names)
-        return grads
-
-    def _cotangent(self, loss: Tensor, weight: Tensor | None = None) -> Tensor | None:
-        factors = [f for f in (self.scale, weight) if f is not None]
-        if not factors:
-            return None
-        return (factors[0] if len(factors) == 1 else factors[0] * factors[1]).to(loss.dtype)
-
-
-def _weigh_losses(passes: _Passes, method: LossWeighting, params: Sequence[Tensor]) -> Tensor:
+def _weigh_losses(passes: Passes, method: LossWeighting, params: Sequence[Tensor]) -> Tensor:
     """One pass for everything, the heads weighted too, as by ``method(losses).backward()``; returns ``weights [T]``."""
     with weighed_losses(method, passes.losses, passes.scale) as weights:
         _accumulate_one(params, passes.weighted(params, weights))
@@ -233,7 +217,7 @@ def _weigh_losses(passes: _Passes, method: LossWeighting, params: Sequence[Tenso
 
 
 def _on_gramian_params(
-    passes: _Passes,
+    passes: Passes,
     method: GradientMethod,
     shared: Sequence[Tensor],
     heads: Sequence[Tensor],
@@ -243,7 +227,7 @@ def _on_gramian_params(
 ) -> Result:
     """The Gramian on ``lean`` only, then one weighted pass; a second, short one where heads stay unweighted."""
     aside = [] if passes.through is ThroughGrad else [p for p in [*shared, *heads] if all(p is not q for q in lean)]
-    tasks = passes.per_task([*lean, *aside], then_more=True)
+    tasks = passes.per_task([*lean, *aside], stored=len(lean), then_more=True)
     rows = Rows.by_task(_columns(tasks, range(len(lean))))
     _refuse_unreached(rows, "gramian_params")
     gramian = unscaled(ops.gram(rows, precision=passes.precision), passes.scale)
@@ -254,14 +238,30 @@ def _on_gramian_params(
         passes = passes.without(decision.kept)
     if not decision.skip and passes.losses.present:
         del tasks, rows  # the pass below needs memory
-        weights = decision.weights[0]
-        if not heads or method.scale_heads:
-            _accumulate_one([*shared, *heads], passes.weighted([*shared, *heads], weights))
-        else:
-            grads = passes.weighted(shared, weights, then_more=True, aside=heads)
-            grads += passes.weighted(heads, None, aside=shared)
-            _accumulate_one([*shared, *heads], grads)
+        _one_pass(passes, method, shared, heads, decision.weights)
     return Result.of(_grads(shared), decision.weights, gramian, grouped=False)
+
+
+def _one_pass(
+    passes: Passes,
+    method: GradientMethod,
+    shared: Sequence[Tensor],
+    heads: Sequence[Tensor],
+    weights: Tensor,
+    max_norm: float | None = None,
+) -> None:
+    """One pass with known ``weights [1, T]``; before it a short one where heads stay unweighted."""
+    if not heads or method.scale_heads:
+        grads, plain = passes.weighted([*shared, *heads], weights[0]), []
+    else:
+        plain = passes.weighted(heads, None, then_more=True, aside=shared)
+        grads = passes.weighted(shared, weights[0], aside=heads)
+    rows, rest = Rows.by_task([grads[: len(shared)]]), Rows.by_task([[*grads[len(shared) :], *plain]])
+    factor = None
+    if max_norm is not None:
+        square = unscaled(ops.gram(rows, precision=passes.precision), passes.scale)
+        factor = clip(torch.ones_like(square[0]), square, max_norm)
+    accumulate((shared, rows, factor), (heads, rest, None))
 
 
 def _refuse_unreached(rows: Rows, argument: str) -> None:
@@ -307,10 +307,8 @@ def _known_shared(
     return {name: trainable[name] for name in shared}
 
 
-def _discover(
-    model: nn.Module | None, candidates: dict[str, Tensor], tasks: Sequence[Sequence[Tensor | None] | None]
-) -> list[int]:
-    """Indices of the candidates with rows from at least two tasks; remembered if all tasks were present."""
+def _discover(candidates: dict[str, Tensor], tasks: Sequence[Sequence[Tensor | None] | None]) -> list[int]:
+    """Indices of the candidates with rows from at least two tasks."""
     present = [task for task in tasks if task is not None]
     if len(present) < 2:
         raise ValueError(
@@ -321,7 +319,4 @@ def _discover(
         raise ValueError(
             "model: no parameter is reached by two tasks, so there is nothing to share; pass shared_params="
         )
-    if len(present) == len(tasks) and model is not None:
-        names = [*candidates]
-        _shared_of[model] = (len(tasks), *names), [names[p] for p in shared]
     return shared

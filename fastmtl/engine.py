@@ -12,7 +12,7 @@ import torch
 import torch.distributed
 from torch import Tensor
 
-from fastmtl import ops
+from fastmtl import ops, sparse
 from fastmtl.losses import Losses
 from fastmtl.rows import Rows, constant_mask
 from fastmtl.surgery.base import GradientMethod, Step
@@ -200,12 +200,20 @@ def clip(weights: Tensor, gramian: Tensor, max_norm: float) -> Tensor:
 @contextmanager
 def restored_on_error(method: Method) -> Iterator[None]:
     """Put the method's state back if anything within raises, out of memory included."""
-    before = [(name, buffer, buffer.clone()) for name, buffer in method._buffers.items() if buffer is not None]
+    before = [
+        (module._buffers, name, buffer, buffer.clone())
+        for module in method.modules()  # a method may wrap another
+        for name, buffer in module._buffers.items()
+        if buffer is not None
+    ]
+    attributes = [(vars(module), dict(vars(module))) for module in method.modules()]  # names of tasks, counts of steps
     try:
         yield
     except BaseException:
-        for name, buffer, value in before:
-            method._buffers[name] = buffer.copy_(value)
+        for now, then in attributes:
+            now.update(then)
+        for buffers, name, buffer, value in before:
+            buffers[name] = buffer.copy_(value)
         raise
 
 
@@ -225,8 +233,8 @@ def weighed_losses(method: LossWeighting, losses: Losses | None, scale: Tensor |
     """
     if losses is None:
         raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
-    method.remember(losses.names)
     with restored_on_error(method):
+        method.remember(losses.names)
         total, weights = method.slopes(losses.items)
         yield weights
         if total.requires_grad:
@@ -236,41 +244,65 @@ def weighed_losses(method: LossWeighting, losses: Losses | None, scale: Tensor |
 def accumulate(*jobs: tuple[Sequence[Tensor], Rows, Tensor | None]) -> None:
     """Add weighted rows to parameters' ``.grad``, as ``loss.backward()`` would.
 
-    A parameter that no task reaches is left alone. Nothing is written if anything raises.
+    A parameter that no task reaches is left alone. Nothing is written if anything raises. Sparse rows give a sparse,
+    coalesced ``.grad``, unless there is a dense one to be added to. Rows may be narrower than their parameter.
 
     Args:
         jobs: Parameters, their rows, and the rows' weights ``[K, T]``; None: all count 1.
 
     Raises:
-        TypeError: A ``.grad`` to be added to is sparse, complex or sharded.
+        TypeError: A ``.grad`` to be added to is not supported; see `refuse_unsupported`.
     """
-    work: list[tuple[Sequence[Tensor], Rows, Tensor, list[int]]] = []
-    single: list[tuple[Tensor, Tensor]] = []
-    new: list[tuple[Tensor, Tensor]] = []
-    for params, rows, weights in jobs:
-        refuse_unsupported(params, [p.grad for p in params], {})
-        reached = rows.reached()
-        if weights is None:  # heads, mostly: one task each
-            alone = {p: rows.only(p) for p in reached}
-            single += [(params[p], row) for p, row in alone.items() if row is not None]
-            reached = [p for p, row in alone.items() if row is None]
-            weights = torch.ones(rows.num_groups, rows.num_tasks, device=rows.device)
-        fresh = [p for p in reached if params[p].grad is None]
-        work.append((params, rows, weights, [p for p in reached if params[p].grad is not None]))
-        if fresh:
-            part = rows if len(fresh) == rows.num_params else rows.select(fresh)
-            new += zip([params[p] for p in fresh], ops.combine(part, weights), strict=True)
-    # A row may share its memory with another tensor, so a copy becomes .grad.
-    new += [(param, torch.empty_like(param).copy_(row)) for param, row in single if param.grad is None]
-    for params, rows, weights, existing in work:
-        if existing:
-            ops.combine_(rows.select(existing), weights, [params[p].grad for p in existing])  # type: ignore[misc]
+    in_place: list[tuple[Rows, Tensor, list[Tensor]]] = []  # rows, their weights, and the dense .grad that there are
+    added: list[tuple[Tensor, Tensor]] = []  # a dense .grad that there is, and what is added to it
+    new: list[tuple[Tensor, Tensor]] = []  # a parameter, and what becomes its .grad
+
+    def take(param: Tensor, grad: Tensor) -> None:
+        if param.grad is None:
+            new.append((param, grad))
+        elif param.grad.is_sparse:
+            new.append((param, sparse.add(param.grad, grad)))
+        else:
+            added.append((param.grad, grad))
+
     with torch.no_grad():
-        for param, row in single:
-            if param.grad is not None:
-                param.grad.add_(row)
-    for param, grad in new:
-        param.grad = grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad)
+        for params, rows, weights in jobs:
+            refuse_unsupported(params, [p.grad for p in params], {})
+            reached = rows.reached()
+            if weights is None:  # heads, mostly: one task each
+                alone = {p: row for p in reached if (row := rows.only(p)) is not None}
+                for p, row in alone.items():  # may share its memory with another tensor, so a copy becomes .grad
+                    take(params[p], _own(row, params[p]) if params[p].grad is None else row)
+                reached = [p for p in reached if p not in alone]
+                weights = torch.ones(rows.num_groups, rows.num_tasks, device=rows.device)
+            dense: dict[int, Tensor] = {}
+            fresh: dict[torch.dtype | None, list[int]] = {}  # by dtype, None where it is that of the rows
+            for p in reached:
+                grad, dtype = params[p].grad, params[p].dtype
+                if grad is None or grad.is_sparse or rows.is_sparse(p):
+                    fresh.setdefault(None if rows.dtype(p) == dtype else dtype, []).append(p)
+                else:
+                    dense[p] = grad
+            if dense:
+                in_place.append((rows.select([*dense]), weights, [*dense.values()]))
+            for wide, some in fresh.items():
+                part = rows if len(some) == rows.num_params else rows.select(some)
+                for p, combined in zip(some, ops.combine(part, weights, dtype=wide), strict=True):
+                    take(params[p], combined)
+        for part, weights, grads in in_place:
+            ops.combine_(part, weights, grads)
+        for grad, more in added:
+            grad.add_(more)
+        for param, grad in new:
+            as_it_is = grad.dtype == param.dtype and (grad.is_sparse or grad.stride() == param.stride())
+            param.grad = grad if as_it_is else _own(grad, param)
+
+
+def _own(grad: Tensor, param: Tensor) -> Tensor:
+    """A copy of a gradient with its parameter's dtype, and strides if it is dense."""
+    if grad.is_sparse:
+        return grad.to(param.dtype, copy=True)
+    return torch.empty_like(param).copy_(grad)
 
 
 def refuse_unsupported(params: Sequence[Tensor], grads: Sequence[Tensor | None], names: dict[int, str]) -> None:
@@ -282,14 +314,14 @@ def refuse_unsupported(params: Sequence[Tensor], grads: Sequence[Tensor | None],
         names: The parameters' names by id, where known.
 
     Raises:
-        TypeError: A gradient is sparse, complex or sharded (DTensor); the text names the parameter.
+        TypeError: A gradient is complex, sharded (DTensor), or sparse in another way than `fastmtl.sparse` knows; the
+            text names the parameter.
     """
     for p, g in zip(params, grads, strict=True):
-        if g is None or (type(g) is Tensor and not g.is_sparse and not g.is_complex()):
+        if g is None or (type(g) is Tensor and g.layout is torch.strided and not g.is_complex()):
             continue
         name = names.get(id(p), f"a parameter of shape {list(p.shape)}")
-        if g.layout is not torch.strided:
-            raise TypeError(f"{name}: sparse gradients are not supported here; use FeatureSurgery, or sparse=False")
+        sparse.check_layout(g, name)
         if g.is_complex():
             raise TypeError(f"{name}: complex gradients are not supported")
         if hasattr(g, "full_tensor"):

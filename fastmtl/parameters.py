@@ -51,9 +51,9 @@ def resolve_params(params: ParamsLike, model: nn.Module | None, argument: str) -
         if isinstance(entry, nn.Module):
             add_module(entry, prefixes.get(id(entry), ""))
         elif isinstance(entry, Tensor):
-            if not (entry.requires_grad and entry.is_leaf):
-                raise ValueError(f"{argument}[{i}]: expected a trainable leaf tensor, found one that is not")
-            add(names.get(id(entry), f"{argument}[{i}]"), entry)
+            name = names.get(id(entry))
+            _check_trainable(f"{argument}[{i}]" if name is None else f"{argument}: {name}", entry)
+            add(name or f"{argument}[{i}]", entry)
         elif isinstance(entry, str):
             _add_named(entry, model, argument, add, add_module)
         else:
@@ -64,11 +64,30 @@ def resolve_params(params: ParamsLike, model: nn.Module | None, argument: str) -
     return found
 
 
+def _check_trainable(name: str, p: Tensor) -> None:
+    if not (p.requires_grad and p.is_leaf):
+        found = f"the output of {p.grad_fn.name()}" if p.grad_fn is not None else "requires_grad=False"
+        raise ValueError(f"{name}: expected a trainable leaf tensor, found {found}")
+
+
+def check_one_device(params: dict[str, Tensor], argument: str) -> None:
+    """Refuse parameters whose gradients no kernel could read together.
+
+    Raises:
+        ValueError: They lie on several devices; the text names one.
+    """
+    first = next(iter(params.values())).device
+    for name, p in params.items():
+        if p.device != first:
+            raise ValueError(f"{argument}: {name} is on {p.device}, the others on {first}")
+
+
 def _add_named(name: str, model: nn.Module | None, argument: str, add, add_module) -> None:  # type: ignore[no-untyped-def]
     if model is None:
         raise ValueError(f"{argument}: the name {name!r} needs model= to be looked up in")
     parameter = dict(model.named_parameters()).get(name)
     if parameter is not None:
+        _check_trainable(f"{argument}: {name}", parameter)
         add(name, parameter)
         return
     try:
@@ -117,18 +136,17 @@ def resolve_groups(
     return [where[id(p)] for p in params.values()], len(groups)
 
 
-def find_leaves(roots: Iterable[Tensor]) -> tuple[list[Tensor], set[str]]:
-    """The leaves that backward from ``roots`` would accumulate into, and the names of the graph's node types."""
+def find_leaves(roots: Iterable[Tensor]) -> tuple[list[Tensor], set[type]]:
+    """The leaves that backward from ``roots`` would accumulate into, and the types of the graph's nodes."""
     roots = list(roots)
     leaves = {id(r): r for r in roots if r.grad_fn is None and r.requires_grad}
-    kinds: set[str] = set()
+    kinds: set[type] = set()
     stack = [r.grad_fn for r in roots if r.grad_fn is not None]
     seen = set(stack)
     while stack:
         node = stack.pop()
-        kind = type(node).__name__
-        kinds.add(kind)
-        if kind == "AccumulateGrad":
+        kinds.add(type(node))
+        if type(node).__name__ == "AccumulateGrad":
             leaves[id(node.variable)] = node.variable  # type: ignore[attr-defined]
             continue
         for after, _ in node.next_functions:

@@ -18,7 +18,7 @@ def commit(state: Tensor, new: Tensor, where: Tensor) -> None:
 
 
 class Stateful(nn.Module):
-    """A module whose buffers keep their own dtype whatever the model is cast to (``model.half()``)."""
+    """A module whose buffers and parameters keep their own dtype whatever the model is cast to (``model.half()``)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -94,7 +94,13 @@ class Stateful(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Stateful:
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
+        params = [p for p in self._parameters.values() if p is not None]
+        values = [(p, p.data, None if p.grad is None else p.grad.data) for p in params]
         super()._apply(fn, recurse)
+        for param, value, grad in values:
+            if param.dtype != value.dtype:
+                param.grad, param.data = None, value.to(param.device)
+                param.grad = None if grad is None else grad.to(param.device)
         for name, before in exact.items():
             after = self._buffers[name]
             if after is not None and after.dtype != before.dtype:

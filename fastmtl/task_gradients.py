@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmtl import ops
+from fastmtl import ops, sparse
 from fastmtl.checks import whole
 from fastmtl.engine import (
     Method,
@@ -27,7 +27,8 @@ from fastmtl.engine import (
     weighed_losses,
 )
 from fastmtl.losses import Losses, LossesLike, numbered, parse_losses
-from fastmtl.parameters import GroupsLike, ParamsLike, resolve_groups, resolve_params
+from fastmtl.parameters import GroupsLike, ParamsLike, check_one_device, resolve_groups, resolve_params
+from fastmtl.passes import explain_freed_graph
 from fastmtl.result import Result
 from fastmtl.rows import Rows, ThroughBackward
 from fastmtl.weighting.base import LossWeighting
@@ -54,7 +55,8 @@ class TaskGradients:
         TypeError, ValueError: As for `fastmtl.backward`.
 
     Note:
-        Cost: T x P memory; `combine` reads it twice and writes P.
+        Cost: T x P memory; `combine` reads it twice and writes P. Of parameters with sparse gradients only the rows
+        that are touched count; each pass then synchronises with the host.
 
     Example:
         >>> import torch, fastmtl
@@ -83,6 +85,7 @@ class TaskGradients:
         if names is not None and len(names) != num_tasks:
             raise ValueError(f"names: expected one per task ({num_tasks}), found {len(names)}")
         by_name = resolve_params(shared_params, model, "shared_params")
+        check_one_device(by_name, "shared_params")
         self._param_names = {id(p): name for name, p in by_name.items()}
         self.num_tasks = num_tasks
         self.names = tuple(names) if names is not None else numbered(num_tasks)
@@ -108,10 +111,11 @@ class TaskGradients:
 
         Raises:
             ValueError: The task or the loss does not fit. Nothing is kept of a pass that raises.
+            RuntimeError: The loss's graph was freed by an earlier pass.
         """
         checked = parse_losses({self._name(task): loss}).present[0]
         scale = scale_of(self.scaler, checked.device)
-        with self.task(task):
+        with self.task(task), explain_freed_graph(self._name(task)):
             torch.autograd.backward([checked], [scale if scale is None else scale.to(loss.dtype)], retain_graph)
         before = self._losses[task]
         self._losses[task] = checked.detach() if before is None else before + checked.detach()
@@ -218,4 +222,4 @@ class TaskGradients:
 def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
     if a is None or b is None:
         return b if a is None else a
-    return a + b
+    return sparse.add(a, b)

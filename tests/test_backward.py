@@ -486,7 +486,7 @@ def test_the_graph_is_freed_unless_retained(kind: object) -> None:
     first = [p.grad.clone() for p in model.heads.parameters()]
     fastmtl.backward(losses, method, model.trunk, **more)
     assert_grads(model.heads.parameters(), [2 * g for g in first])
-    with assert_untouched(model), pytest.raises(RuntimeError, match="second time"):
+    with assert_untouched(model), pytest.raises(RuntimeError, match="its graph was freed"):
         fastmtl.backward(losses, method, model.trunk, **more)
 
 
@@ -815,7 +815,7 @@ def test_a_graph_already_freed_changes_nothing(filler: str, lean: bool) -> None:
     a, b, c = model.losses(inputs())[0], model.losses(inputs())[1], model.losses(inputs())[2]
     b.backward()
     more = {"gramian_params": model.trunk[2]} if lean else {}
-    with assert_untouched(model, method), pytest.raises(RuntimeError, match="second time"):
+    with assert_untouched(model, method), pytest.raises(RuntimeError, match="its graph was freed"):
         fastmtl.backward([a, b, c], method, model.trunk, filler=filler, **more)
 
 
@@ -828,7 +828,7 @@ def test_a_graph_freed_below_the_gramians_layer_changes_nothing(method: Callable
     late = model.trunk[2](early)
     losses = [head(late).pow(2).mean() for head in model.heads]
     early.sum().backward()
-    with assert_untouched(model, solver), pytest.raises(RuntimeError, match="second time"):
+    with assert_untouched(model, solver), pytest.raises(RuntimeError, match="its graph was freed"):
         fastmtl.backward(losses, solver, model.trunk, gramian_params=model.trunk[2])
 
 
@@ -867,15 +867,6 @@ def test_another_number_of_tasks_than_the_state_has() -> None:
         fastmtl.backward(losses, method, model.trunk, retain_graph=True)
         with assert_untouched(model, method), pytest.raises(ValueError, match=f"{name}.*one method object per set"):
             fastmtl.backward(losses[:2], method, model.trunk)
-
-
-def test_sparse_gradients_are_refused_by_name() -> None:
-    embedding, linear = nn.Embedding(10, 4, sparse=True), nn.Linear(4, 4)
-    for shared, name in (({"shared_params": embedding}, "weight"), ({"shared_params": linear}, r"shape \[10, 4\]")):
-        z = linear(embedding(torch.arange(5)))
-        method = GradVac()
-        with assert_untouched(embedding, linear, method), pytest.raises(TypeError, match=f"{name}.*sparse"):
-            fastmtl.backward([z.sum(), z.pow(2).sum()], method, **shared)
 
 
 def test_several_groups_for_a_method_of_one() -> None:

@@ -32,7 +32,7 @@ def test_fillers_agree_and_equal_autograd(trunk: str) -> None:
 def test_reentrant_checkpointing_hides_from_autograd_grad_but_not_from_backward() -> None:
     model = nets.net("reentrant")
     losses = model.losses(torch.randn(4, 5, dtype=torch.float64))
-    assert "CheckpointFunctionBackward" in find_leaves(losses)[1]
+    assert "CheckpointFunctionBackward" in {kind.__name__ for kind in find_leaves(losses)[1]}
     params = [*model.trunk.parameters()]
     plain = nets.net("mlp")
     plain.load_state_dict(dict(zip(plain.state_dict(), model.state_dict().values(), strict=True)))

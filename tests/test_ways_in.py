@@ -22,7 +22,7 @@ METHODS = sorted(
     for name in fastmtl.__all__
     if isinstance(getattr(fastmtl, name), type)
     and issubclass(getattr(fastmtl, name), GradientMethod | LossWeighting)
-    and name not in ("GradientMethod", "LossWeighting", "WeightedSum")
+    and name not in ("Amortized", "GradientMethod", "LossWeighting", "WeightedSum")
 )
 # What a method cannot do without, and options by which a short run shows its effect.
 OPTIONS: dict[str, dict[str, Any]] = {

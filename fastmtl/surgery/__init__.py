@@ -1,5 +1,6 @@
 """Gradient methods, one file each."""
 
+from fastmtl.surgery.amortized import Amortized
 from fastmtl.surgery.base import GradientMethod, Step
 from fastmtl.surgery.gradnorm import GradNorm
 from fastmtl.surgery.gradvac import GradVac
@@ -7,4 +8,4 @@ from fastmtl.surgery.mgda import MGDA
 from fastmtl.surgery.pcgrad import PCGrad
 from fastmtl.surgery.peltr import PELTR
 
-__all__ = ["MGDA", "PELTR", "GradNorm", "GradVac", "GradientMethod", "PCGrad", "Step"]
+__all__ = ["MGDA", "PELTR", "Amortized", "GradNorm", "GradVac", "GradientMethod", "PCGrad", "Step"]

@@ -98,6 +98,14 @@ class GradientMethod(Stateful):
         """The paper's weights, ``[K, T]`` float64: NaN where the step is not finite, 0 for absent tasks."""
         raise NotImplementedError
 
+    def ready(self, present: Tensor) -> Tensor | None:
+        """Weights ``[1, T]`` for a step that needs no Gramian; None: it needs one. The state advances if they are used.
+
+        Args:
+            present: Which tasks take part, bool ``[1, T]``.
+        """
+        return None
+
     def weigh(self, step: Step) -> Tensor:
         """`solve`, then ``rescale``; advances the state in training mode. No host synchronisation."""
         if self.single_group and step.gramian.shape[0] != 1:

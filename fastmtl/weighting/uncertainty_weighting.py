@@ -96,6 +96,10 @@ class UncertaintyWeighting(LossWeighting):
         """See `LossWeighting.scalar`."""
         s: Tensor = self.s
         factor = self.factor
+        if s.device != losses.device:
+            raise ValueError(
+                f"UncertaintyWeighting.s: on {s.device}, the losses on {losses.device}; move it there by .to()"
+            )
         if tasks is not None:  # one by one: an index tensor would have to be sent to the device
             s, factor = torch.stack([s[t] for t in tasks]), torch.stack([factor[t] for t in tasks])
         if self.variant == "kendall":
