@@ -5,21 +5,26 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from fastmtl import ops
 from fastmtl.checks import whole
 from fastmtl.engine import Method, check_method, decide, restored_on_error, scale_of, unscaled
 from fastmtl.losses import Losses, LossesLike, numbered, parse_losses, spread, stack_scalars
 from fastmtl.result import Result
-from fastmtl.rows import Rows
+from fastmtl.rows import Rows, constant_mask
 from fastmtl.weighting.base import LossWeighting
 
 IDLE_CALLS = 10
+ONE_PASS = (
+    "all losses must reach the layer in one pass: surgery.total(losses).backward(), with None for the loss of a task "
+    "that is absent from this batch"
+)
 
 # Compiled graphs cannot hold a Python object: an opaque operator finds the layer by number instead.
 _layers: weakref.WeakValueDictionary[int, FeatureSurgery] = weakref.WeakValueDictionary()
@@ -31,58 +36,101 @@ _TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") e
 
 
 @torch.library.custom_op("fastmtl::layer_weights", mutates_args=(), tags=_TAGS)
-def _layer_weights(gramian: Tensor, number: int) -> Tensor:
-    return _layers[number]._weigh(gramian)
+def _layer_weights(gramian: Tensor, reached: list[bool] | None, number: int) -> Tensor:
+    layer = _layers[number]
+    layer._refuse_single_loss(reached, gramian)
+    with restored_on_error(layer.method):
+        return layer._weigh(gramian, reached)
 
 
 @_layer_weights.register_fake
-def _(gramian: Tensor, number: int) -> Tensor:
+def _(gramian: Tensor, reached: list[bool] | None, number: int) -> Tensor:
     return gramian.new_empty(gramian.shape[:2])
 
 
 class _Surgery(torch.autograd.Function):
-    """Forward: one copy of the features per task. Backward: their gradients, combined.
+    """Forward: one copy of each feature per task. Backward: their gradients, combined.
 
-    In eager mode the copies are T outputs, whose gradients are read where they lie. In a graph that torch.compile
-    traces they are one expanded output, to be unbound outside: T outputs would be wrong there (surgery is skipped, or
-    rows are mixed up).
+    In eager mode the copies are T outputs per feature, whose gradients are read where they lie. In a graph that
+    torch.compile traces they are one expanded output, to be unbound outside: T outputs would be wrong there (surgery is
+    skipped, or rows are mixed up).
     """
 
     @staticmethod
-    def forward(ctx: Any, number: int, num_tasks: int, precision: str, features: Tensor) -> Tensor | tuple[Tensor, ...]:
+    def forward(ctx: Any, number: int, num_tasks: int, precision: str, *features: Tensor) -> tuple[Tensor, ...]:
         ctx.number = number
+        ctx.num_tasks = num_tasks
         ctx.precision = precision
         ctx.set_materialize_grads(False)
-        copies = features.unsqueeze(0).expand(num_tasks, *features.shape)
+        copies = [x.unsqueeze(0).expand(num_tasks, *x.shape) for x in features]
         if torch.compiler.is_compiling():
             ctx.layer = None
-            return copies
+            return tuple(copies)
         ctx.layer = _layers[number]  # alive until backward
         ctx.used = False
-        return copies.unbind(0)
+        return tuple(z for copy in copies for z in copy.unbind(0))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> tuple[None, None, None, Tensor | None]:
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("FeatureSurgery cannot be differentiated twice (create_graph=True)")
-        first = next((grad for grad in grads if grad is not None), None)
-        if first is None:
-            return None, None, None, None
-        stacked = ctx.layer is None
-        rows = Rows([first], first.shape[0], stacked) if stacked else Rows([*grads], len(grads))
-        gramian = ops.gram(rows, precision=ctx.precision)
-        if torch.compiler.is_compiling():
-            weights = torch.ops.fastmtl.layer_weights(gramian, ctx.number)
-            return None, None, None, ops.combine(rows, weights)[0]
+        traced = ctx.layer is None
+        rows = Rows([*grads], ctx.num_tasks, stacked=traced)
+        parts = _by_dtype(rows)
+        out: list[Tensor | None] = [None] * (3 + rows.num_params)
+        if not parts:
+            return tuple(out)
+        reached = None if traced or all(g is not None for g in grads) else rows.present()[0]
+        if traced or torch.compiler.is_compiling():
+            weights = torch.ops.fastmtl.layer_weights(_gram(parts, ctx.precision), reached, ctx.number)
+            _combine(parts, weights, out)
+            return tuple(out)
+        _refuse_batched(parts[0][1])
         if ctx.used:
-            raise RuntimeError(
-                "FeatureSurgery: a second backward pass through one forward pass; all losses must reach the layer "
-                "in one: surgery.total(losses).backward()"
-            )
-        ctx.used = True
+            raise RuntimeError(f"FeatureSurgery: a second backward pass through one forward pass; {ONE_PASS}")
+        ctx.layer._refuse_single_loss(reached)
         with restored_on_error(ctx.layer.method):
-            weights = ctx.layer._weigh(gramian, rows.mask())
-            return None, None, None, ops.combine(rows, weights)[0]
+            weights = ctx.layer._weigh(_gram(parts, ctx.precision), reached)
+            _combine(parts, weights, out)
+        ctx.used = True
+        return tuple(out)
+
+
+Parts = list[tuple[list[int], Rows]]
+
+
+def _by_dtype(rows: Rows) -> Parts:
+    """The features that have a gradient, with their rows, apart by dtype: an operator takes one."""
+    if rows.num_params == 1 and rows.grads[0] is not None:
+        return [([0], rows)]
+    n = 1 if rows.stacked else rows.num_tasks
+    features: dict[torch.dtype, list[int]] = {}
+    for i in range(rows.num_params):
+        first = next((g for g in rows.grads[i * n : (i + 1) * n] if g is not None), None)
+        if first is not None:
+            features.setdefault(first.dtype, []).append(i)
+    return [(each, rows.select(each)) for each in features.values()]
+
+
+def _gram(parts: Parts, precision: str) -> Tensor:
+    gramians = [ops.gram(part, precision=precision) for _, part in parts]
+    return gramians[0] if len(gramians) == 1 else torch.stack(gramians).sum(0)
+
+
+def _combine(parts: Parts, weights: Tensor, out: list[Tensor | None]) -> None:
+    """Put the features' combined gradients in their places, which are the last ones of ``out``."""
+    for features, part in parts:
+        for i, grad in zip(features, ops.combine(part, weights), strict=True):
+            out[3 + i] = grad
+
+
+def _refuse_batched(rows: Rows) -> None:
+    functorch, grad = torch._C._functorch, next(g for g in rows.grads if g is not None)
+    if functorch.is_legacy_batchedtensor(grad) or functorch.is_batchedtensor(grad):
+        raise RuntimeError(
+            "FeatureSurgery: batched gradients (is_grads_batched=True, vmap, jacrev) cannot pass through the layer, "
+            f"which combines T gradients into one; {ONE_PASS}"
+        )
 
 
 class FeatureSurgery(nn.Module):
@@ -93,11 +141,15 @@ class FeatureSurgery(nn.Module):
     batch, and one gradient goes on into the trunk. With `MGDA` this is MGDA-UB. Heads get their plain gradients. A loss
     weighting as the method weighs the losses themselves, heads included.
 
-    A task is absent from a step if its loss is None in `total`, or does not depend on its copy of the features. In
+    The features may be several, of any shapes and floating dtypes: tuples, lists, dicts of tensors, as from a trunk of
+    several scales. One surgery then goes over all of them: the Gramian is the sum over the features, and each gets its
+    own combined gradient with the same weights. A task need not read all of them.
+
+    A task is absent from a step if its loss is None in `total`, or does not depend on its copies of the features. In
     compiled graphs zeros arrive in the latter case, and zero is not absent: there, pass None.
 
     In ``eval()`` mode, without gradients, and on features that need none, the layer is the identity, state does not
-    move, and the T outputs are the same tensor: do not change one in place. (In training that raises.)
+    move, and the T outputs are the same tensors: do not change one in place. (In training that raises.)
 
     Args:
         method: A gradient method with ``scale_heads=False``, or a loss weighting.
@@ -117,7 +169,18 @@ class FeatureSurgery(nn.Module):
     Note:
         Cost: T x (size of the features) instead of T x P: two reads of the features' gradients and one write. No host
         synchronisation. The losses must reach the layer in one backward pass of their sum: call `total` in every step,
-        and its ``backward()`` before the next `total`. A second pass through the same forward pass raises.
+        and its ``backward()`` before the next `total`.
+
+        RuntimeError, before any state moves, in backward: for gradients of gradients and for batched ones
+        (``is_grads_batched``, ``torch.func``); for a second pass through the same forward pass; and for a pass in which
+        one task of several arrives, unless it is the pass of a `total` or `total` was told that the others are absent:
+        each of one backward pass per loss would solve a problem of a single task.
+
+        torch.compile: the layer may be compiled with the whole model, with any part of it or not at all, with the same
+        results. A compiled graph hides some wrong uses: derivatives raise with PyTorch's own text, gradients of
+        gradients only in the second pass; a second pass with ``retain_graph`` is a second step; one backward pass per
+        loss is noticed only without `total`, and on the CPU only, since elsewhere a look at the gradients would
+        synchronise. Activation checkpointing may go around trunk and heads; around the layer it breaks the graph.
 
     Reference:
         Sener and Koltun, "Multi-Task Learning as Multi-Objective Optimization", NeurIPS 2018, section 3.3, generalised
@@ -170,32 +233,76 @@ class FeatureSurgery(nn.Module):
         self.register_buffer("present", torch.ones(num_tasks, dtype=torch.bool), persistent=False)
         self._names = numbered(num_tasks)
         self._has_losses = False
-        self._all_present = True
+        self._num_present = num_tasks  # as `total` saw it
+        self._total_flows = False  # the backward pass began at `total`, or at least passed it
         self._idle = 0  # forward passes since the layer last did something
         self._register()
 
-    def forward(self, features: Tensor) -> tuple[Tensor, ...]:
+    def forward(self, features: Any) -> tuple[Any, ...]:
         """T copies of the features, one per head.
 
         Args:
-            features: The shared representation, any shape, floating.
+            features: The shared representation: a floating tensor of any shape, or several of them in tuples, lists,
+                dicts, and whatever else ``torch.utils._pytree`` knows. What needs no gradient (masks, numbers, None) is
+                handed on as it is.
 
         Returns:
-            T tensors of that shape.
+            T of the same.
+
+        Raises:
+            TypeError: No tensor, a complex one, or an object whose tensors cannot be found.
+            ValueError: Features on several devices.
+            RuntimeError: Within a transform of ``torch.func``.
         """
-        if not isinstance(features, Tensor):
-            raise TypeError(f"features: expected a tensor, found {type(features).__name__}")
-        if not (self.training and torch.is_grad_enabled() and features.requires_grad):
-            return (features,) * self.num_tasks
-        self._watch()
-        if isinstance(self.method, LossWeighting):
-            return (features,) * self.num_tasks
+        if isinstance(features, Tensor):
+            return tuple(self._copies([features], features))
+        leaves, structure = pytree.tree_flatten(features)
+        if not any(isinstance(x, Tensor) for x in leaves):
+            raise TypeError(f"features: expected a tensor or a structure of tensors, found {type(features).__name__}")
+        shared: list[Tensor] = []
+        index: list[int | None] = []  # per leaf: which of the shared ones it is
+        for leaf in leaves:
+            place = None
+            if isinstance(leaf, Tensor) and leaf.requires_grad:
+                place = next((i for i, x in enumerate(shared) if x is leaf), len(shared))
+                shared += [leaf] * (place == len(shared))
+            elif leaf is not None and not isinstance(leaf, Tensor | int | float | str | torch.Size):
+                raise TypeError(
+                    f"{_name(features, leaf)}: expected a tensor, found {type(leaf).__name__}; a container of one's "
+                    "own must be registered with torch.utils._pytree.register_pytree_node"
+                )
+            index.append(place)
+        copies = self._copies(shared, features)
+        return tuple(
+            pytree.tree_unflatten(
+                [x if i is None else copies[i * self.num_tasks + t] for x, i in zip(leaves, index, strict=True)],
+                structure,
+            )
+            for t in range(self.num_tasks)
+        )
+
+    def _copies(self, shared: list[Tensor], features: Any) -> Sequence[Tensor]:
+        """T copies of each, feature by feature; ``features``: as they were passed, for errors."""
+        for x in shared:
+            if x.is_complex():
+                raise TypeError(f"{_name(features, x)}: complex features are not supported")
+            if x.device != shared[0].device:
+                raise ValueError(f"{_name(features, x)}: on {x.device}, the others on {shared[0].device}")
+        learning, compiling = self.training and torch.is_grad_enabled(), torch.compiler.is_compiling()
+        if learning and not compiling and torch._C._are_functorch_transforms_active():
+            raise RuntimeError("FeatureSurgery cannot be trained within a transform of torch.func (vmap, grad, jacrev)")
+        learning = learning and any(x.requires_grad for x in shared)
+        if learning:
+            self._watch()
+        if not learning or isinstance(self.method, LossWeighting):
+            return [x for x in shared for _ in range(self.num_tasks)]
         # A new step, whose losses are still to come; unless activation checkpointing repeats this one within backward.
-        if torch.compiler.is_compiling() or torch._C._current_graph_task_id() == -1:
+        if compiling or torch._C._current_graph_task_id() == -1:
             self._has_losses = False
-            self._all_present = True
-        copies = _Surgery.apply(self._number, self.num_tasks, self.precision, features)
-        return copies.unbind(0) if isinstance(copies, Tensor) else copies
+            self._num_present = self.num_tasks
+            self._total_flows = False
+        copies = _Surgery.apply(self._number, self.num_tasks, self.precision, *shared)
+        return [z for copy in copies for z in copy.unbind(0)] if compiling else copies
 
     def total(self, losses: LossesLike) -> Tensor:
         """The scalar to call ``backward()`` on, and the layer's way to learn loss values and absent tasks.
@@ -229,18 +336,53 @@ class FeatureSurgery(nn.Module):
             tasks = [t for t, x in enumerate(parsed.items) if x is not None]
             all_present = len(tasks) == self.num_tasks
             with torch.no_grad():
-                self.losses.copy_(values if all_present else spread(values, tasks, self.num_tasks))
-                self.present.fill_(all_present)
-                for t in [] if all_present else tasks:
-                    self.present[t] = True
-            self._has_losses, self._all_present = True, all_present
+                if self._reads_losses:
+                    self.losses.copy_(values if all_present else spread(values, tasks, self.num_tasks))
+                if not all_present:
+                    self.present.fill_(False)
+                    for t in tasks:
+                        self.present[t] = True
+            self._has_losses, self._num_present = True, len(tasks)
+            total = values.sum()
+            if torch.compiler.is_compiling():
+                self._total_flows = True  # or not: it cannot be known
+            elif total.requires_grad:
+                total.register_hook(self._note_total)
+            return total
         return values.sum()
 
-    def _weigh(self, gramian: Tensor, reached: Tensor | None = None) -> Tensor:
-        """``weights [1, T]``; ``reached``: bool ``[1, T]``: whose gradient arrived; None: not known, or all."""
+    @property
+    def _reads_losses(self) -> bool:
+        return self.nonfinite != "propagate" or bool(self.method.needs_losses)
+
+    def _note_total(self, grad: Tensor) -> None:
+        self._total_flows = True
+
+    def _refuse_single_loss(self, reached: list[bool] | None, gramian: Tensor | None = None) -> None:
+        """Refuse one backward pass per loss: each would solve a problem of a single task.
+
+        Args:
+            reached: Whose gradient arrived; None: not known, or all.
+            gramian: Of a traced graph, where zeros arrive from whom the loss does not depend on. On the CPU only:
+                elsewhere a look would synchronise.
+        """
+        if self.num_tasks == 1 or self._total_flows:
+            return
+        if gramian is None:
+            expected = self._has_losses and self._num_present == 1
+        else:
+            expected = self._has_losses
+            if reached is None and gramian.device.type == "cpu":
+                reached = (gramian[0].diagonal() != 0).tolist()
+        if reached is not None and sum(reached) == 1 and not expected:
+            task = self._names[reached.index(True)]
+            raise RuntimeError(f"FeatureSurgery: a backward pass of the loss of {task} alone; {ONE_PASS}")
+
+    def _weigh(self, gramian: Tensor, reached: list[bool] | None = None) -> Tensor:
+        """``weights [1, T]``; ``reached``: whose gradient arrived; None: not known, or all."""
         assert not isinstance(self.method, LossWeighting)
         losses = None
-        if self.method.needs_losses or self.nonfinite != "propagate":
+        if self._reads_losses:
             if self._has_losses:
                 losses = Losses(self._names, self.losses.unbind(0))
             elif self.method.needs_losses:
@@ -248,10 +390,10 @@ class FeatureSurgery(nn.Module):
                 raise ValueError(f"{name} needs the losses: call surgery.total(losses).backward()")
         self._idle = 0
         raw = unscaled(gramian, scale_of(self.scaler, gramian.device))
-        mask = reached
-        if not self._all_present:
+        mask = None if reached is None else constant_mask([reached], gramian.device)
+        if self._num_present < self.num_tasks:
             declared = self.present.unsqueeze(0)
-            mask = declared if reached is None else declared & reached
+            mask = declared if mask is None else declared & mask
         weights = decide(self.method, raw, mask, losses, self._names, self.nonfinite).weights
         self.result = Result(None, weights[0], raw[0])
         return weights
@@ -265,7 +407,7 @@ class FeatureSurgery(nn.Module):
             need = "no gradient came back: head t must read zs[t] of zs = surgery(features)"
             if isinstance(self.method, LossWeighting):
                 need = "no total(losses): without it the losses are not weighed"
-            warnings.warn(f"FeatureSurgery: {IDLE_CALLS} forward passes, and {need}", stacklevel=4)
+            warnings.warn(f"FeatureSurgery: {IDLE_CALLS} forward passes, and {need}", stacklevel=6)
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> FeatureSurgery:
         super()._apply(fn, recurse)
@@ -286,3 +428,9 @@ class FeatureSurgery(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._register()
+
+
+def _name(features: Any, leaf: Any) -> str:
+    """Where in the structure it stands, as Python would write it."""
+    paths = pytree.tree_flatten_with_path(features)[0]
+    return "features" + next(pytree.keystr(path) for path, x in paths if x is leaf)

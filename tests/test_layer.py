@@ -1,12 +1,13 @@
-"""Feature level: the layer against the combination computed by hand, eager and compiled."""
+"""Feature level: the layer against the combination computed by hand."""
 
 from __future__ import annotations
 
 import copy
 import io
 import math
-import warnings
-from collections.abc import Callable, Iterator
+from collections import OrderedDict, namedtuple
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -175,6 +176,155 @@ def test_features_of_any_strides_and_dtype() -> None:
         surgery.total([(a.float() * 2).sum(), (b.float() * 4).sum()]).backward()
         assert z.grad.dtype == dtype
         torch.testing.assert_close(z.grad, torch.full_like(z, 2.0))
+
+
+# ---- several features ------------------------------------------------------------------------------------------------
+
+
+Pair = namedtuple("Pair", "left right")
+
+STRUCTURES: dict[str, tuple[Callable[[Tensor, Tensor], Any], Callable[[Any], tuple[Tensor, Tensor]]]] = {
+    "tuple": (lambda a, b: (a, b), lambda z: z),
+    "list": (lambda a, b: [a, b], tuple),
+    "dict": (lambda a, b: {"b": b, "a": a}, lambda z: (z["a"], z["b"])),
+    "ordered": (lambda a, b: OrderedDict(b=b, a=a), lambda z: (z["a"], z["b"])),
+    "named": (Pair, lambda z: (z.left, z.right)),
+    "nested": (lambda a, b: {"x": [a, (None, b)], "size": 3}, lambda z: (z["x"][0], z["x"][1][1])),
+}
+
+
+def two_features(dtypes: Sequence[torch.dtype] = (torch.float64, torch.float64)) -> tuple[Tensor, Tensor]:
+    a, b = torch.randn(4, 3, dtype=torch.float64), torch.randn(2, 5, dtype=torch.float64)
+    return a.to(dtypes[0]).requires_grad_(), b.to(dtypes[1]).requires_grad_()
+
+
+def three_losses(copies: Sequence[tuple[Tensor, Tensor]], wide: bool = True) -> list[Tensor]:
+    """The first task reads both features, the others one each."""
+    (a0, b0), (a1, _), (_, b2) = copies
+    return [
+        a0.double().sin().sum() + b0.double().exp().sum(),
+        (2 * a1.double() - 1).square().sum(),
+        -b2.double().square().sum(),
+    ]
+
+
+def combined_by_hand(a: Tensor, b: Tensor, weights: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The Gramian over both features in float64, and the weighted sums of the losses' gradients."""
+    losses = three_losses([(a, b)] * 3)
+    grads = [torch.autograd.grad(x, (a, b), allow_unused=True, materialize_grads=True) for x in losses]
+    jacobian = torch.stack([torch.cat([g.double().flatten() for g in row]) for row in grads])
+    sums = [sum(w * row[i].double() for w, row in zip(weights, grads, strict=True)) for i in range(2)]
+    return jacobian @ jacobian.T, sums[0], sums[1]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("structure", STRUCTURES)
+def test_several_features(structure: str, method: str) -> None:
+    """One surgery over all of them."""
+    pack, unpack = STRUCTURES[structure]
+    a, b = two_features()
+    surgery = FeatureSurgery(METHODS[method](), num_tasks=3)
+    packed = pack(a, b)
+    zs = surgery(packed)
+    assert [type(z) for z in zs] == [type(packed)] * 3
+    assert not isinstance(packed, dict) or all([*z] == [*packed] for z in zs)
+    surgery.total(three_losses([unpack(z) for z in zs])).backward()
+    assert (surgery.result.weights != 0).sum() >= 2  # a task that reads one feature is there
+    gramian, left, right = combined_by_hand(a, b, surgery.result.weights)
+    torch.testing.assert_close(surgery.result.gramian, gramian, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(a.grad, left, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(b.grad, right, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_features_of_several_dtypes(dtype: torch.dtype) -> None:
+    a, b = two_features((torch.float64, dtype))
+    surgery = FeatureSurgery(MGDA(), num_tasks=3)
+    surgery.total(three_losses(surgery((a, b)))).backward()
+    gramian, left, right = combined_by_hand(a, b, surgery.result.weights)
+    assert (a.grad.dtype, b.grad.dtype) == (torch.float64, dtype)
+    torch.testing.assert_close(surgery.result.gramian, gramian, rtol=1e-6, atol=0)
+    torch.testing.assert_close(a.grad, left)
+    torch.testing.assert_close(b.grad, right.to(dtype))
+
+
+def test_a_feature_that_nobody_reads_gets_no_gradient() -> None:
+    a, b = two_features()
+    surgery = FeatureSurgery(MGDA(), num_tasks=2)
+    (left, _), (right, _) = surgery((a, b))
+    surgery.total([left.sum(), right.square().sum()]).backward()
+    assert a.grad is not None
+    assert b.grad is None
+
+
+def test_a_task_that_reads_no_feature_is_absent() -> None:
+    a, b = two_features()
+    elsewhere = torch.ones((), dtype=torch.float64, requires_grad=True)
+    surgery = FeatureSurgery(MGDA(), num_tasks=3)
+    zs = surgery({"a": a, "b": b})
+    surgery.total([zs[0]["a"].sum(), zs[1]["b"].sum(), elsewhere * 1]).backward()
+    torch.testing.assert_close(surgery.result.weights, torch.tensor([10, 12, 0]).double() / 22)  # 1 / squared norms
+
+
+def test_a_feature_that_is_there_twice_is_one() -> None:
+    """As the last hidden state of many transformers, which is also the last of all hidden states."""
+    a, b = two_features()
+    surgery = FeatureSurgery(MGDA(), num_tasks=2)
+    zs = surgery({"last": b, "all": (a, b)})
+    surgery.total([zs[0]["last"].sum() + zs[0]["all"][1].sum(), zs[1]["last"].square().sum()]).backward()
+    rows = torch.stack([torch.full_like(b, 2.0), 2 * b.detach()]).detach().flatten(1)
+    torch.testing.assert_close(surgery.result.gramian, rows @ rows.T)
+    torch.testing.assert_close(b.grad.flatten(), surgery.result.weights @ rows)
+
+
+def test_what_needs_no_gradient_passes_through() -> None:
+    a, b = two_features()
+    mask, frozen = torch.ones(4, dtype=torch.bool), b.detach()
+    surgery = FeatureSurgery(MGDA(), num_tasks=2)
+    for z in surgery((a, mask, frozen, None, 7, "x", torch.Size([1, 2]))):
+        assert z[0] is not a
+        assert z[1] is mask
+        assert z[2] is frozen
+        assert z[3:] == (None, 7, "x", torch.Size([1, 2]))
+
+
+def test_packed_sequences() -> None:
+    packed = nn.utils.rnn.pack_sequence([torch.randn(3, 2), torch.randn(2, 2)])
+    lstm = nn.LSTM(2, 3)
+    surgery = FeatureSurgery(MGDA(), num_tasks=2)
+    zs = surgery(lstm(packed)[0])
+    assert all(isinstance(z, nn.utils.rnn.PackedSequence) for z in zs)
+    surgery.total([zs[0].data.sum(), zs[1].data.square().sum()]).backward()
+    assert_on_simplex(surgery.result.weights)
+    assert all(p.grad is not None for p in lstm.parameters())
+
+
+def test_structures_in_evaluation() -> None:
+    """The same tensors, in containers of each head's own."""
+    surgery = FeatureSurgery(MGDA(), num_tasks=2).eval()
+    a, b = two_features()
+    features = {"a": a, "b": b}
+    zs = surgery(features)
+    assert all(z == features and z is not features for z in zs)
+    zs[0].pop("a")
+    assert [*zs[1]] == [*features] == ["a", "b"]
+
+
+def test_features_that_do_not_fit_raise() -> None:
+    @dataclass
+    class Output:
+        features: Tensor
+
+    surgery = FeatureSurgery(MGDA(), num_tasks=2)
+    a, b = two_features()
+    with pytest.raises(TypeError, match=r"features\['z'\]\[1\]: expected a tensor, found Output.*register_pytree_node"):
+        surgery({"z": (a, Output(b))})
+    with pytest.raises(TypeError, match=r"features\['p4'\]: complex"):
+        surgery({"p3": a, "p4": torch.ones(2, dtype=torch.complex64, requires_grad=True)})
+    with pytest.raises(TypeError, match="features: complex"):
+        surgery(torch.ones(2, dtype=torch.complex64, requires_grad=True))
+    with pytest.raises(ValueError, match=r"features\[1\]: on meta, the others on cpu"):
+        surgery((a, torch.ones(2, device="meta", requires_grad=True)))
 
 
 # ---- identity --------------------------------------------------------------------------------------------------------
@@ -371,8 +521,9 @@ def test_a_layer_that_is_never_used_warns(method: fastmtl.GradientMethod | fastm
         net(x).backward()
     for _ in range(IDLE_CALLS - 1):
         net.surgery(net.trunk(x))
-    with pytest.warns(UserWarning, match="zs\\[t\\]" if isinstance(method, MGDA) else "total"):
+    with pytest.warns(UserWarning, match="zs\\[t\\]" if isinstance(method, MGDA) else "total") as told:
         net.surgery(net.trunk(x))
+    assert told[0].filename == __file__
     net.surgery(net.trunk(x))
 
 
@@ -396,103 +547,14 @@ def test_errors() -> None:
     with pytest.raises(ValueError, match="would hide overflows"):
         FeatureSurgery(MGDA(), 2, nonfinite="drop_task", scaler=torch.amp.GradScaler("cpu"))
     surgery = FeatureSurgery(MGDA(), 2)
-    with pytest.raises(TypeError, match=r"features.*tuple"):
-        surgery((torch.ones(2),))  # type: ignore[arg-type]
+    for nothing in (None, 3, (), {"mask": None}):
+        with pytest.raises(TypeError, match=f"features: expected a tensor.*found {type(nothing).__name__}"):
+            surgery(nothing)
     with pytest.raises(ValueError, match="losses: expected 2 tasks, found 1"):
         surgery.total([torch.tensor(1.0)])
 
 
-# ---- torch.compile ---------------------------------------------------------------------------------------------------
-
-
-def whole(net: LayerNet, **options: Any) -> Callable[[Tensor], Tensor]:
-    return torch.compile(net, fullgraph=True, **options)
-
-
-def trunk_and_layer(net: LayerNet, **options: Any) -> Callable[[Tensor], Tensor]:
-    """What leaves the compiled graph are the layer's outputs; the heads are eager."""
-
-    def compiled_part(x: Tensor) -> tuple[Tensor, ...]:
-        return net.surgery(net.trunk(x))
-
-    compiled = torch.compile(compiled_part, fullgraph=True, **options)
-    return lambda x: net.surgery.total(net.head_losses(compiled(x)))
-
-
-def graph_break_after_the_layer(net: LayerNet, **options: Any) -> Callable[[Tensor], Tensor]:
-    def forward(x: Tensor) -> Tensor:
-        zs = net.surgery(net.trunk(x))
-        torch._dynamo.graph_break()
-        return net.surgery.total(net.head_losses(zs))
-
-    return torch.compile(forward, **options)
-
-
-def assert_as_eager(net: LayerNet, run: Callable[[Tensor], Tensor], steps: int = 3) -> None:
-    """Some training steps, so that state and random orders must go on too."""
-    eager = copy.deepcopy(net)
-    optimizers = [torch.optim.SGD(m.parameters(), lr=0.05) for m in (net, eager)]
-    for _ in range(steps):
-        x = inputs()
-        for optimizer, forward in zip(optimizers, (run, eager), strict=True):
-            optimizer.zero_grad()
-            forward(x).backward()
-        torch.testing.assert_close(net.surgery.result.weights, eager.surgery.result.weights, rtol=1e-8, atol=1e-10)
-        for p, q in zip(net.parameters(), eager.parameters(), strict=True):
-            torch.testing.assert_close(p.grad, q.grad, rtol=1e-8, atol=1e-10)
-        for optimizer in optimizers:
-            optimizer.step()
-    for a, b in zip(net.state_dict().values(), eager.state_dict().values(), strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-8, atol=1e-10)
-
-
-@pytest.fixture
-def compiler() -> Iterator[None]:
-    """A fresh one, whose own warnings are not ours."""
-    torch._dynamo.reset()
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", module=r"torch\..*")
-        yield
-
-
-@pytest.mark.usefixtures("compiler")
-@pytest.mark.parametrize("compile_", [whole, trunk_and_layer, graph_break_after_the_layer])
-@pytest.mark.parametrize("method", ["GradVac", "GradNorm"])
-def test_compiled_equals_eager(method: str, compile_: Callable[..., Callable[[Tensor], Tensor]]) -> None:
-    net = LayerNet(METHODS[method]())
-    assert_as_eager(net, compile_(net, backend="aot_eager"))
-
-
-@pytest.mark.usefixtures("compiler")
-def test_compiled_by_inductor_equals_eager() -> None:
-    """A trunk of matrix products alone, for which it calls no C++ compiler: that would take half a minute."""
-    net = LayerNet(GradVac())
-    net.trunk = nn.Linear(5, 6, bias=False).double()
-    assert_as_eager(net, trunk_and_layer(net))
-
-
-@pytest.mark.usefixtures("compiler")
-def test_compiled_with_absent_tasks() -> None:
-    """Which tasks are there may change from step to step."""
-    net = LayerNet(GradNorm(scale_heads=False))
-    eager = copy.deepcopy(net)
-
-    def forward(model: LayerNet, x: Tensor, absent: int | None) -> Tensor:
-        losses: list[Tensor | None] = [*model.losses(x)]
-        if absent is not None:
-            losses[absent] = None
-        return model.surgery.total(losses)
-
-    compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
-    for absent in (None, 1, None, 2):
-        x = inputs()
-        for model, run in ((net, compiled), (eager, forward)):
-            model.zero_grad()
-            run(model, x, absent).backward()
-        torch.testing.assert_close(net.surgery.result.weights, eager.surgery.result.weights)
-        if absent is not None:
-            assert net.surgery.result.weights[absent] == 0
-        assert_grads(net.trunk.parameters(), [p.grad for p in eager.trunk.parameters()], rtol=1e-9)
+# ---- checkpointing, wrong uses ------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -528,12 +590,75 @@ def test_validation_between_total_and_backward_changes_nothing() -> None:
     assert net.surgery.result.weights[0] == 0
 
 
-def test_one_backward_per_loss_raises() -> None:
-    net, x = LayerNet(MGDA()), inputs()
-    first, second, *_ = net.losses(x)
-    first.backward(retain_graph=True)
-    with pytest.raises(RuntimeError, match="a second backward pass"):
-        second.backward()
+def test_a_second_pass_raises() -> None:
+    net = LayerNet(GradVac())
+    total = net(inputs())
+    total.backward(retain_graph=True)
+    with assert_untouched(net.surgery, net.trunk), pytest.raises(RuntimeError, match="a second backward pass"):
+        total.backward()
+
+
+@pytest.mark.parametrize("total_too", [False, True])
+@pytest.mark.parametrize("earlier_step", [False, True])
+def test_one_backward_per_loss_raises(total_too: bool, earlier_step: bool) -> None:
+    """At once: already the first would solve a problem of a single task."""
+    net = LayerNet(GradVac())
+    if earlier_step:
+        net(inputs()).backward()
+    before = net.surgery.result
+    losses = net.losses(inputs())
+    if total_too:
+        net.surgery.total(losses)
+    with (
+        assert_untouched(net.surgery, net.trunk),
+        pytest.raises(RuntimeError, match=r"loss of task 1 alone.*surgery\.total\(losses\)\.backward\(\), with None"),
+    ):
+        losses[1].backward(retain_graph=True)
+    assert net.surgery.result is before
+    net.surgery.total(losses).backward()
+    assert net.surgery.result is not before
+
+
+def test_a_single_loss_that_is_meant_to_be_alone() -> None:
+    """As `total` says; or because the others miss the features."""
+    net = LayerNet(GradVac())
+    one = net.losses(inputs())
+    net.surgery.total([None, one[1], None])
+    net.losses(inputs())  # in between
+    one = net.losses(inputs())
+    net.surgery.total([None, one[1], None])
+    one[1].backward()
+    assert net.surgery.result.weights.tolist() == [0, 1, 0]
+    two = net.losses(inputs())
+    total = net.surgery.total([None, two[1], None])
+    net.losses(inputs())
+    (total / 2).backward()
+    assert net.surgery.result.weights.tolist() == [0, 1, 0]
+    elsewhere = torch.ones((), dtype=torch.float64, requires_grad=True)
+    net.surgery.total([net.losses(inputs())[0], elsewhere * 1, elsewhere * 2]).backward()
+    assert net.surgery.result.weights.tolist() == [1, 0, 0]
+
+
+def test_batched_gradients_raise() -> None:
+    net = LayerNet(GradVac())
+    params = [*net.trunk.parameters()]
+    losses = torch.stack(net.losses(inputs()))
+    with assert_untouched(net.surgery, net.trunk), pytest.raises(RuntimeError, match=r"batched.*is_grads_batched"):
+        torch.autograd.grad(losses, params, torch.eye(3).double(), is_grads_batched=True, retain_graph=True)
+    with assert_untouched(net.surgery, net.trunk), pytest.raises(RuntimeError, match=r"batched.*is_grads_batched"):
+        torch.func.vmap(lambda v: torch.autograd.grad(losses, params, v, retain_graph=True))(torch.eye(3).double())
+    assert net.surgery.result is None
+    losses.sum().backward()
+
+
+@pytest.mark.parametrize("transform", [torch.func.jacrev, torch.func.vmap])
+def test_transforms_raise_in_training(transform: Callable[..., Any]) -> None:
+    """And none of them skips the surgery silently; in evaluation they pass."""
+    net, x = LayerNet(GradVac()), inputs()
+    with assert_untouched(net), pytest.raises(RuntimeError, match=r"torch\.func"):
+        transform(lambda x: torch.stack(net.losses(x)))(x.unsqueeze(0) if transform is torch.func.vmap else x)
+    net.eval()
+    transform(lambda x: torch.stack(net.losses(x)))(x.unsqueeze(0) if transform is torch.func.vmap else x)
 
 
 def test_weighting_for_another_number_of_tasks_is_refused() -> None:
