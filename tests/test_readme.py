@@ -1,4 +1,4 @@
-"""Every Python block of the README and of CONTRIBUTING runs, in order; so does every docstring's example."""
+"""Every Python block of the README, of CONTRIBUTING and of docs/ runs, in order; so does every docstring's example."""
 
 import doctest
 import importlib
@@ -13,7 +13,10 @@ import fastmtl
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md"])
+PAGES = ["README.md", "CONTRIBUTING.md", *sorted(f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
 def test_blocks_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
     blocks = re.findall(r"^```python\n(.*?)^```", (ROOT / page).read_text(), re.DOTALL | re.MULTILINE)
     assert blocks
