@@ -3,7 +3,7 @@
 import subprocess
 import sys
 
-QUESTIONS = ("kernels", "aggregate", "solvers", "steps", "memory")
+QUESTIONS = ("kernels", "aggregate", "solvers", "steps", "memory", "sparse")
 
 for question in QUESTIONS:  # each in a process of its own: threads, allocator and caches as it wants them
     status = subprocess.run([sys.executable, "-m", f"benchmarks.{question}", *sys.argv[1:]], check=False).returncode

@@ -200,7 +200,12 @@ class Report:
 
 
 def main(
-    run: Callable[[Report], None], threads: int, clock: str = "wall", rounds: int = 11, keep_memory: bool = True
+    run: Callable[[Report], None],
+    threads: int,
+    clock: str = "wall",
+    rounds: int = 11,
+    keep_memory: bool = True,
+    large: Callable[[Report], None] | None = None,
 ) -> None:
     """The command line of a CPU benchmark: run it and store its rows in ``results/cpu.csv``.
 
@@ -211,18 +216,21 @@ def main(
         rounds: The default number of rounds.
         keep_memory: Let the C library keep what is freed, so that no provider is charged for page faults of large
             results. Else give it back at once, so that what the process holds is what it needs.
+        large: What ``--large`` measures in place of ``run``: what takes too long or too much memory for every day.
     """
     parser = argparse.ArgumentParser(formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--threads", type=int, default=threads)
     parser.add_argument("--clock", choices=sorted(CLOCKS), default=clock, help="cpu: for one thread on a busy machine")
     parser.add_argument("--rounds", type=int, default=rounds)
     parser.add_argument("--csv", type=Path, default=RESULTS / "cpu.csv")
+    if large is not None:
+        parser.add_argument("--large", action="store_true", help="measure the large case in place of the others")
     options = parser.parse_args()
-    _allocate(keep_memory)
+    allocate(keep_memory)
     torch.set_num_threads(options.threads)
     torch.manual_seed(0)
     report = Report(options.threads, options.clock, options.rounds)
-    run(report)
+    (large if large is not None and options.large else run)(report)
     report.save(options.csv)
 
 
@@ -237,7 +245,7 @@ def check(what: str, error: float, bound: float) -> float:
     return error
 
 
-def _allocate(keep: bool) -> None:
+def allocate(keep: bool) -> None:
     """Tell the C library what to do with freed memory, where it is glibc."""
     trim, mmap_threshold, mmap_max = -1, -3, -4
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -173,8 +173,8 @@ def solvers(rows: Sequence[Row]) -> Figure:
 
 def steps(rows: Sequence[Row]) -> Figure:
     """What surgery and loss weightings add to a training step."""
-    figure = Figure(figsize=(12, 6.6), layout="constrained")
-    (passes, theirs), (layer, weighting) = figure.subplots(2, 2)
+    figure = Figure(figsize=(12, 11), layout="constrained")
+    (passes, theirs), (layer, weighting), (ways, chunks) = figure.subplots(3, 2, height_ratios=(2, 2, 3))
     content: list[Bar | str] = [
         Bar(_net(r), r.ratio, OURS, 1.15)
         for r in rows
@@ -193,13 +193,20 @@ def steps(rows: Sequence[Row]) -> Figure:
         content.append(method)
         content += [Bar(_net(r), r.ratio, OURS, {8: 1.2, 40: 1.35}[r.T]) for r in surgery if r.method == method]
     bars(layer, content, "FeatureSurgery", "time / plain step on the summed loss")
-    content = []
     losses = [r for r in rows if r.question.startswith("loss weighting") and r.provider != "summed loss"]
-    for net in dict.fromkeys(_net(r) for r in losses):
-        content.append(net)
-        content += [Bar(r.provider, r.ratio, LIGHT) for r in losses if _net(r) == net]
-    bars(weighting, content, "loss weightings", "time / plain step on the summed loss")
+    bars(weighting, _by_net(losses), "loss weightings", "time / plain step on the summed loss")
+    each = [r for r in rows if r.question.startswith("ways, ") and r.provider != "summed loss"]
+    bars(ways, _by_net(each), "all ways in, PCGrad", "time / plain step on the summed loss", log=True)
+    batched = [r for r in rows if r.question.startswith("chunk_size, ") and r.provider != "chunk_size=None"]
+    bars(chunks, _by_net(batched), "tasks per batched backward pass", "time / whole passes one by one")
     return figure
+
+
+def _by_net(rows: Sequence[Row]) -> list[Bar | str]:
+    content: list[Bar | str] = []
+    for net in dict.fromkeys(_net(r) for r in rows):
+        content += [net, *(Bar(r.provider, r.ratio, LIGHT) for r in rows if _net(r) == net)]
+    return content
 
 
 def _net(row: Row) -> str:
@@ -208,16 +215,17 @@ def _net(row: Row) -> str:
 
 def memory(rows: Sequence[Row]) -> Figure:
     """Peak memory beyond a plain step, in copies of the shared parameters."""
-    figure = Figure(figsize=(12, 3.4), layout="constrained")
-    mine = [r for r in rows if r.question == "memory"]
-    shapes = list(dict.fromkeys(_shape(r) for r in mine))
-    for axes, shape in zip(figure.subplots(1, 2), shapes, strict=True):
+    mine = [r for r in rows if r.question.startswith("memory")]
+    tables = list(dict.fromkeys((r.question, _shape(r)) for r in mine))
+    lines = (len(tables) + 1) // 2
+    figure = Figure(figsize=(12, 3.6 * lines), layout="constrained")
+    for axes, (question, shape) in zip(figure.subplots(lines, 2, squeeze=False).flat, tables, strict=False):
         content: list[Bar | str] = []
-        for r in (r for r in mine if _shape(r) == shape):
+        for r in (r for r in mine if (r.question, _shape(r)) == (question, shape)):
             color = OTHER if "*" in r.provider else PEER if "TorchJD" in r.provider else OURS
-            wanted = 1.1 * (r.T + 1) if r.provider == "fastmtl.backward" else None
+            wanted = 1.1 * (r.T + 1) if r.provider == "fastmtl.backward" and question == "memory" else None
             content.append(Bar(r.provider, r.median / r.P, color, wanted))
-        bars(axes, content, f"PCGrad, {shape}", "peak memory beyond a plain step / P", one=False)
+        bars(axes, content, f"{question}: {shape}", "peak memory beyond a plain step / P", one=False)
     return figure
 
 

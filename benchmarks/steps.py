@@ -2,7 +2,10 @@
 
 Multilayer perceptrons with T linear heads on the same batch, squared error, eager mode; forward and backward, no
 optimizer. Ratios at parameter level are to T plain backward passes, and, in a table of their own from the same samples,
-to fastmtl; at feature level and for loss weightings to one ordinary step on the summed loss. TorchJD is told its
+to fastmtl; at feature level, for loss weightings and in the table of all ways to one ordinary step on the summed loss.
+Amortised means ``Amortized(PCGrad(), update_every=10)``, the mean of ten steps in a row, and one of the nine that do
+not solve. ``chunk_size`` is compared with whole passes one by one, also on a small net with a small batch, and on a
+convolutional one (two layers of 32 and 64 channels with batch normalization, images of 32 x 32). TorchJD is told its
 parameters, which spares it a search, and runs in the settings named: so many tasks per ``vmap``, the Gramian summed up
 over parameters (lean) or of the concatenated Jacobian. The error is that of all gradients of the trunk, relative to
 their norm, with the same visiting orders, against surgery in fp64 on the gradients of T separate backward passes (to
@@ -29,17 +32,22 @@ TORCHJD = [
     (None, True),
     (1, True),
 ]  # chunk, lean: as it comes, and the fastest two
+UPDATE_EVERY = 10
+CHUNKS = (1, 8, 40)
 
 
 class Net(nn.Module):
-    """A trunk of some layers, T linear heads, and a batch to train on."""
+    """A trunk, T heads, linear unless told otherwise, and a batch to train on."""
 
-    def __init__(self, width: int, batch: int, num_tasks: int, depth: int = 3) -> None:
+    def __init__(
+        self, trunk: nn.Module, inputs: Tensor, num_tasks: int, head: Callable[[int], nn.Module] | None = None
+    ) -> None:
         super().__init__()
-        self.trunk = nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(width, width), nn.ReLU())))
-        self.heads = nn.ModuleList([nn.Linear(width, 1) for _ in range(num_tasks)])
-        self.inputs = nn.Buffer(torch.randn(batch, width))
-        self.targets = nn.Buffer(torch.randn(num_tasks, batch, 1))
+        self.trunk = trunk
+        width = trunk(inputs[:2]).shape[1]
+        self.heads = nn.ModuleList([nn.Linear(width, 1) if head is None else head(width) for _ in range(num_tasks)])
+        self.inputs = nn.Buffer(inputs)
+        self.targets = nn.Buffer(torch.randn(num_tasks, len(inputs), 1))
 
     def losses(self, copies: Callable[[Tensor], tuple[Tensor, ...]] | None = None) -> list[Tensor]:
         """One loss per task; ``copies`` makes the features that each head reads."""
@@ -81,12 +89,29 @@ class Net(nn.Module):
         return steps
 
 
+def mlp(width: int, depth: int = 3) -> nn.Module:
+    """Linear layers of equal width, each followed by ReLU."""
+    return nn.Sequential(*(m for _ in range(depth) for m in (nn.Linear(width, width), nn.ReLU())))
+
+
+def conv() -> nn.Module:
+    """Images ``[batch, 3, height, width]`` to 64 features."""
+    first = (nn.Conv2d(3, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.MaxPool2d(2))
+    second = (nn.Conv2d(32, 64, 3, padding=1), nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*first, *second)
+
+
 def run(report: Report) -> None:
+    for num_tasks in NUM_TASKS:
+        _chunks(report, "8 x 64, batch 32", Net(mlp(64, 8), torch.randn(32, 64), num_tasks))
+        _chunks(report, "3 x 256, batch 256", Net(mlp(256), torch.randn(256, 256), num_tasks))
+        _chunks(report, "conv, batch 32", Net(conv(), torch.randn(32, 3, 32, 32), num_tasks))
     for name, width, batch in MODELS:
         for num_tasks in NUM_TASKS:
-            net = Net(width, batch, num_tasks)
+            net = Net(mlp(width), torch.randn(batch, width), num_tasks)
             _parameter_level(report, f"{name}, batch {batch}", net)
             _feature_level(report, f"{name}, batch {batch}", net)
+            _ways(report, f"{name}, batch {batch}", net)
     _loss_weightings(report)
 
 
@@ -121,6 +146,62 @@ def _parameter_level(report: Report, name: str, net: Net) -> None:
         report.record(f"backward against TorchJD, {name}", "PCGrad", shape, times, "fastmtl.backward", errors)
 
 
+def _ways(report: Report, name: str, net: Net) -> None:
+    num_tasks = len(net.heads)
+    layer = fastmtl.FeatureSurgery(fastmtl.PCGrad(), num_tasks)
+
+    def step(method: fastmtl.GradientMethod) -> Callable[[], None]:
+        return _from_no_grads(net, lambda: fastmtl.backward(net.losses(), method, net.trunk))
+
+    def plain() -> None:
+        torch.stack(net.losses()).sum().backward()
+
+    def amortized(update_every: int, order: Tensor | str = "random") -> Callable[[], None]:
+        return step(fastmtl.Amortized(fastmtl.PCGrad(order=order), update_every))
+
+    cycle, between, checked = amortized(UPDATE_EVERY), amortized(10**9), amortized(10**9, seeded_orders(num_tasks))
+
+    def whole_cycle() -> None:
+        for _ in range(UPDATE_EVERY):
+            cycle()
+
+    expected = _expected(net, seeded_orders(num_tasks))
+    for _ in range(2):  # the second with the first one's weights, of the same losses
+        checked()
+    ours = f"Amortized, k = {UPDATE_EVERY}"
+    errors = {ours: check(ours, oracle.vector_error(net.trunk_grads(), expected), 1e-4)}
+    between()  # solves
+    providers = {
+        "summed loss": _from_no_grads(net, plain),
+        "fastmtl.backward": step(fastmtl.PCGrad()),
+        ours: whole_cycle,
+        "Amortized, between updates": between,
+        "FeatureSurgery": _from_no_grads(net, lambda: layer.total(net.losses(layer)).backward()),
+    }
+    times = report.time(providers)
+    times[ours] = [seconds / UPDATE_EVERY for seconds in times[ours]]
+    report.record(f"ways, {name}", "PCGrad", (num_tasks, len(expected)), times, "summed loss", errors)
+
+
+def _chunks(report: Report, name: str, net: Net) -> None:
+    num_tasks = len(net.heads)
+    orders = seeded_orders(num_tasks)
+    expected = _expected(net, orders)
+    providers: dict[str, Callable[[], None]] = {}
+    errors = {}
+    for chunk in (None, *(c for c in CHUNKS if c <= num_tasks)):
+
+        def step(method: fastmtl.GradientMethod, chunk: int | None = chunk) -> Callable[[], None]:
+            return _from_no_grads(net, lambda: fastmtl.backward(net.losses(), method, net.trunk, chunk_size=chunk))
+
+        provider = f"chunk_size={chunk}"
+        step(fastmtl.PCGrad(order=orders))()
+        errors[provider] = check(provider, oracle.vector_error(net.trunk_grads(), expected), 1e-4)
+        providers[provider] = step(fastmtl.PCGrad())
+    shape = (num_tasks, len(expected))
+    report.measure(f"chunk_size, {name}", "PCGrad", shape, providers, "chunk_size=None", errors)
+
+
 def _expected(net: Net, orders: Tensor) -> Tensor:
     """PCGrad's gradient of the trunk: one backward pass per task, then the algorithm in fp64."""
     params = list(net.trunk.parameters())
@@ -129,7 +210,7 @@ def _expected(net: Net, orders: Tensor) -> Tensor:
     return oracle.pcgrad_weights(rows @ rows.T, orders) @ rows
 
 
-def _from_no_grads(net: Net, step: Callable[[], None]) -> Callable[[], None]:
+def _from_no_grads(net: Net, step: Callable[[], object]) -> Callable[[], None]:
     def cleared() -> None:
         net.clear()
         step()
@@ -140,7 +221,7 @@ def _from_no_grads(net: Net, step: Callable[[], None]) -> Callable[[], None]:
 def _loss_weightings(report: Report) -> None:
     name, width, batch = MODELS[0]
     for num_tasks in NUM_TASKS:
-        net = Net(width, batch, num_tasks)
+        net = Net(mlp(width), torch.randn(batch, width), num_tasks)
 
         def step(combine: Callable[[list[Tensor]], Tensor], net: Net = net) -> Callable[[], None]:
             return _from_no_grads(net, lambda: combine(net.losses()).backward())

@@ -82,9 +82,9 @@ def backward(
             `fastmtl.engine.clip` for its rounding. With a scaler: of the unscaled gradient.
         precision: ``"full"`` or ``"fast"``, of the Gramian; see `fastmtl.ops.gram`.
         chunk_size: Pass so many tasks at once through what the tasks share of the graph (``is_grads_batched``), and
-            free each head's graph as soon as it was passed. Faster where a pass is bound by launches (small batches) or
-            PyTorch batches the operations well; slower elsewhere: measure. 1: no batching, heads freed all the same.
-            None: one whole pass per task. Hooks of tensors at the heads' inputs run more than once.
+            free each head's graph as soon as it was passed. Faster for many tasks and small operations, slower for
+            large ones: measure. 1: no batching, heads freed all the same, for heads that hold much memory. None: one
+            whole pass per task. Hooks of tensors at the heads' inputs run more than once.
         row_dtype: Store float32 per-task gradients of the shared parameters in ``torch.bfloat16`` or ``torch.float16``,
             half the memory; each is rounded once, the sum is in float32. None: as they come, which they also are
             while ``shared_params`` are still to be found.

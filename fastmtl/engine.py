@@ -302,6 +302,8 @@ def _own(grad: Tensor, param: Tensor) -> Tensor:
     """A copy of a gradient with its parameter's dtype, and strides if it is dense."""
     if grad.is_sparse:
         return grad.to(param.dtype, copy=True)
+    if grad.dtype == param.dtype and grad.stride() == param.stride():
+        return grad.clone()
     return torch.empty_like(param).copy_(grad)
 
 

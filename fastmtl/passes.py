@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fastmtl.cut import Cut, cut
 from fastmtl.engine import refuse_unsupported
-from fastmtl.losses import Losses
+from fastmtl.losses import Losses, stack_scalars
 from fastmtl.rows import ThroughBackward, ThroughGrad
 
 COMPILED = "CompiledFunctionBackward"
@@ -95,7 +95,7 @@ class Passes:
         if self.chunk_size is None:
             with self.through(params) as run:
                 for t in present:
-                    store(t, self._run(run, [t], None, keep or t < present[-1]))
+                    store(t, self._run(run, t, keep or t < present[-1]))
         else:
             self._in_chunks(params, self.chunk_size, keep, store)
         return tasks
@@ -116,7 +116,7 @@ class Passes:
             return
         first, second = self._present[:2]
         with self.through(params) as run:
-            before, _, after = (self._run(run, [t], None, True) for t in (first, second, first))
+            before, _, after = (self._run(run, t, True) for t in (first, second, first))
         for a, b in zip(before, after, strict=True):
             if a is None or b is None:
                 same = a is b
@@ -144,7 +144,8 @@ class Passes:
         parts = cut(self.losses.present)
         common = [i for i, p in enumerate(params) if id(p) in parts.reach]
         present = [*enumerate(self._present)]
-        for start in range(0, len(present), size):
+
+        def chunk(start: int) -> None:  # what it leaves in other types than the rows' is freed before the next one
             some = present[start : start + size]
             tasks = [t for _, t in some]
             above = [self._above(parts, k, t, params, keep) for k, t in some]
@@ -155,6 +156,9 @@ class Passes:
                 for i, g in zip(common, found, strict=True):
                     row[i] = g
                 store(t, row)
+
+        for start in range(0, len(present), size):
+            chunk(start)
 
     def _above(
         self, parts: Cut, k: int, task: int, params: Sequence[Tensor], keep: bool
@@ -218,19 +222,23 @@ class Passes:
     ) -> list[Tensor | None]:
         """One pass for ``sum_t w_t L_t``; None: the plain sum. ``aside``: must not be accumulated into meanwhile."""
         everything = [*params, *aside] if self.through is ThroughBackward else params
+        tasks, keep = self._present, self.retain_graph or then_more
+        with torch.enable_grad():  # one root: autograd takes 2 us to check each
+            losses = stack_scalars(self.losses.present)
+        if weights is None:
+            weights = torch.ones_like(losses)
+        elif len(tasks) < len(weights):
+            weights = torch.stack([weights[t] for t in tasks])
+        cotangent = (weights if self.scale is None else weights * self.scale).to(losses.dtype)
         with self.through(everything) as run:
-            grads = list(self._run(run, self._present, weights, self.retain_graph or then_more))[: len(params)]
+            grads = list(self._explaining(tasks, lambda: run([losses], [cotangent], keep)))[: len(params)]
         refuse_unsupported(params, grads, self.names)
         return grads
 
-    def _run(self, run: Any, tasks: Sequence[int], weights: Tensor | None, keep: bool) -> Sequence[Tensor | None]:
-        outputs, cotangents = [], []
-        for t in tasks:
-            loss = self.losses.items[t]
-            assert loss is not None
-            outputs.append(loss)
-            cotangents.append(self._cotangent(loss, None if weights is None else weights[t]))
-        return self._explaining(tasks, lambda: run(outputs, cotangents, keep))
+    def _run(self, run: Any, task: int, keep: bool) -> Sequence[Tensor | None]:
+        loss = self.losses.items[task]
+        assert loss is not None
+        return self._explaining([task], lambda: run([loss], [self._cotangent(loss)], keep))
 
     def _explaining(
         self, tasks: Sequence[int], run: Callable[[], Sequence[Any]], batched: bool = False
@@ -250,11 +258,8 @@ class Passes:
                 ) from error
             raise
 
-    def _cotangent(self, loss: Tensor, weight: Tensor | None = None) -> Tensor | None:
-        factors = [f for f in (self.scale, weight) if f is not None]
-        if not factors:
-            return None
-        return (factors[0] if len(factors) == 1 else factors[0] * factors[1]).to(loss.dtype)
+    def _cotangent(self, loss: Tensor) -> Tensor | None:
+        return None if self.scale is None else self.scale.to(loss.dtype)
 
 
 @contextmanager

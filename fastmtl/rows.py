@@ -98,6 +98,8 @@ class Rows:
         if self.stacked:
             return list(range(self.num_params))
         t = self.num_tasks
+        if t == 1:
+            return [p for p, g in enumerate(self.grads) if g is not None]
         return [p for p in range(self.num_params) if any(g is not None for g in self.grads[p * t : (p + 1) * t])]
 
     def only(self, param: int) -> Tensor | None:

@@ -1,8 +1,9 @@
 """The harness of the benchmarks: what its figures mean, and what becomes of them."""
 
 import pytest
+import torch
 
-from benchmarks import harness, plots
+from benchmarks import harness, memory, plots
 
 
 @pytest.fixture
@@ -82,6 +83,41 @@ def test_memory_is_kept_as_it_is(clock):
     bench = report()
     bench.record("memory", "m", (2, 10), {"floor": [30.0] * 3, "p": [45.0] * 3}, "floor", unit="elements")
     assert [(r.median, r.ratio) for r in bench.rows] == [(30, 1), (45, 1.5)]
+
+
+@pytest.mark.parametrize(("arguments", "question"), [([], "usual"), (["--large"], "large")])
+def test_the_large_case_is_measured_when_asked_for(tmp_path, monkeypatch, arguments, question):
+    def measures(question):
+        return lambda bench: bench.record(question, "m", (2, 10), {"p": [1.0]}, "p")
+
+    monkeypatch.setattr("sys.argv", ["script", "--csv", str(tmp_path / "cpu.csv"), *arguments])
+    monkeypatch.setattr(harness, "allocate", lambda keep: None)  # it would last
+    harness.main(measures("usual"), threads=torch.get_num_threads(), large=measures("large"))
+    assert [r.question for r in plots.read(tmp_path / "cpu.csv")] == [question]
+
+
+@pytest.mark.parametrize("gib", [0, 8])
+def test_a_large_trunk_that_does_not_fit_is_left_out_and_named(monkeypatch, capsys, gib):
+    measured = []
+    monkeypatch.setattr(memory, "LARGE_TASKS", (2,))
+    monkeypatch.setattr(memory, "_large", lambda tasks: memory.Net(memory.mlp(1024, 1), torch.ones(2, 1024), tasks))
+    monkeypatch.setattr(memory, "_field", lambda path, name: gib * 2**30)
+    monkeypatch.setattr(memory, "_in_new_process", lambda *call: measured.append(call) or 1.0)
+    bench = report()
+    memory.run_large(bench)
+    ways = len(memory._ways(memory._large(2)))
+    said = capsys.readouterr().out
+    assert (said.count("LEFT OUT"), len(measured)) == ((ways, 0) if gib == 0 else (0, ways))
+    assert bool(bench.rows) == bool(gib)
+
+
+@pytest.mark.parametrize("peers", [True, False])
+def test_every_way_measured_fills_all_gradients(peers):
+    net = memory.Net(memory.mlp(4, 2), torch.randn(3, 4), 2, None if peers else memory._heavy_head)
+    for name, call in memory._ways(net, peers).items():
+        net.clear()
+        call()
+        assert all(p.grad is not None for p in net.parameters()), name
 
 
 def test_pictures_are_drawn_without_the_peer_and_say_so(tmp_path, clock, monkeypatch, capsys):

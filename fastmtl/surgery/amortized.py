@@ -75,6 +75,7 @@ class Amortized(GradientMethod):
         self.register_state("conflict", (1,))
         self.counts = {"steps": 0, "age": 0}  # in all; since the last one that solved
         self._known = False  # the host knows that there are weights
+        self._held: tuple[Tensor, Tensor] | None = None  # what `ready` returned last, and for which tasks
 
     @property
     def due(self) -> bool:
@@ -92,10 +93,12 @@ class Amortized(GradientMethod):
         """See `GradientMethod.ready`."""
         if self.due:
             return None
-        held = self.state("weights", present, (present.shape[1],), float("nan"))
-        held = torch.where(held.isnan(), held.nanmean(), held)
+        if self._held is None or self._held[0] is not present:
+            held = self.state("weights", present, (present.shape[1],), float("nan"))
+            held = torch.where(held.isnan(), held.nanmean(), held)
+            self._held = present, torch.where(present, held, 0.0)
         self._count(self.counts["age"] + 1)
-        return torch.where(present, held, 0.0)
+        return self._held[1]
 
     def solve(self, step: Step) -> Tensor:
         """See `GradientMethod.solve`."""
@@ -105,7 +108,7 @@ class Amortized(GradientMethod):
         present, gramian = step.present[0], step.gramian[0]
         held = self.state("weights", gramian, (len(gramian),), float("nan"))
         share = self.state("conflict", gramian, (1,), 0.0)
-        weights = self.method.weigh(step)
+        self._held, weights = None, self.method.weigh(step)
         pairs = (present.unsqueeze(-1) & present).triu(1)
         step.commit(held, torch.where(present, weights[0], held))
         step.commit(share, ((gramian < 0) & pairs).sum() / pairs.sum().clamp(min=1).double())
@@ -123,7 +126,7 @@ class Amortized(GradientMethod):
     def set_extra_state(self, state: Tensor) -> None:
         """The counts, from ``state_dict``."""
         self.counts = dict(zip(self.counts, state.tolist(), strict=True))
-        self._known = False
+        self._known, self._held = False, None
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""
