@@ -30,7 +30,7 @@ from fastmtl.losses import LossesLike, parse_losses
 from fastmtl.parameters import GroupsLike, ParamsLike, check_one_device, find_leaves, resolve_groups, resolve_params
 from fastmtl.passes import Passes
 from fastmtl.result import Result
-from fastmtl.rows import Rows, ThroughGrad, constant_mask
+from fastmtl.rows import Rows, ThroughBackward, ThroughGrad, constant_mask
 from fastmtl.surgery.amortized import Amortized
 from fastmtl.surgery.base import GradientMethod
 from fastmtl.weighting.base import LossWeighting
@@ -84,11 +84,13 @@ def backward(
         chunk_size: Pass so many tasks at once through what the tasks share of the graph (``is_grads_batched``), and
             free each head's graph as soon as it was passed. Faster for many tasks and small operations, slower for
             large ones: measure. 1: no batching, heads freed all the same, for heads that hold much memory. None: one
-            whole pass per task. Hooks of tensors at the heads' inputs run more than once.
+            whole pass per task. Hooks of the tensors that heads read run twice, or on batched gradients: leave them and
+            ``retain_grad()`` away. A custom ``autograd.Function`` whose outputs different tasks read gets zeros, not
+            None, for those that a task does not read.
         row_dtype: Store float32 per-task gradients of the shared parameters in ``torch.bfloat16`` or ``torch.float16``,
-            half the memory; each is rounded once, the sum is in float32. None: as they come, which they also are
-            while ``shared_params`` are still to be found.
-        filler: How rows are obtained. ``"grad"``: ``torch.autograd.grad``, fires no hooks of the parameters.
+            half the memory; each is rounded once, the sum is in float32. float16 overflows beyond 65504, the loss scale
+            included. None: as they come, which they also are while ``shared_params`` are still to be found.
+        filler: How rows are obtained. ``"grad"``: ``torch.autograd.grad``, fires no post-accumulate hooks.
             ``"backward"``: ``.backward()``, taking ``.grad``; for reentrant checkpointing. ``"auto"`` picks.
         retain_graph: Keep the graph afterwards.
 
@@ -138,42 +140,25 @@ def backward(
         candidates = resolve_params(model, model, "model")
     else:
         candidates = known
-    ids = {id(p) for p in candidates.values()}
-    heads = [p for p in leaves if id(p) not in ids]
-    # Reentrant checkpointing: what lies within is not in the graph.
-    hidden = any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds)
-    if hidden and model is not None:
-        seen = ids | {id(p) for p in heads}
-        heads += [p for p in resolve_params(model, model, "model").values() if id(p) not in seen]
-    elif hidden and (
-        gramian_params is not None
-        or nonfinite != "propagate"
-        or isinstance(method, Amortized)
-        or getattr(method, "scale_heads", False)
-    ):
+    heads, hidden = _heads(leaves, kinds, candidates, model)
+    knows_heads = gramian_params is not None or nonfinite != "propagate" or isinstance(method, Amortized)
+    if hidden and model is None and (knows_heads or getattr(method, "scale_heads", False)):
         raise ValueError("model: needed here, since reentrant checkpointing hides which parameters the heads have")
     if filler == "auto":
         filler = "backward" if hidden else "grad"
     if chunk_size is not None and filler == "backward":
         raise ValueError(f"chunk_size={chunk_size}: needs filler='grad', which reentrant checkpointing does not allow")
-    by_id = {id(p): name for name, p in candidates.items()}
+    through = ThroughGrad if filler == "grad" else ThroughBackward
     scale = scale_of(scaler, parsed.device)
-    passes = Passes(parsed, kinds, filler, scale, retain_graph, by_id, precision, chunk_size, row_dtype)
+    by_id = {id(p): name for name, p in candidates.items()}
+    passes = Passes(parsed, kinds, through, scale, retain_graph, by_id, chunk_size, row_dtype)
 
     if isinstance(method, LossWeighting):
         refuse_options(method, nonfinite=nonfinite, max_norm=max_norm, gramian_params=gramian_params)
         num_groups = resolve_groups(groups, candidates, model)[1]
         weights = _weigh_losses(passes, method, [*candidates.values(), *heads])
         return Result.of(_grads(candidates.values()), weights.expand(num_groups, -1), None, grouped)
-    if known is not None and not grouped:
-        with restored_on_error(method):
-            held = method.ready(constant_mask([[x is not None for x in parsed.items]], parsed.device))
-            if held is not None:
-                if method.positional:
-                    method.remember(parsed.names)
-                _one_pass(passes, method, [*candidates.values()], heads, held, max_norm)
-                return Result.of(_grads(candidates.values()), held, None, grouped=False)
-    passes.prove([*candidates.values()])
+    lean: list[Tensor] | None = None
     if gramian_params is not None:
         if grouped:
             raise ValueError("gramian_params: knows one group of parameters only; drop groups=")
@@ -182,8 +167,22 @@ def backward(
         lean = [*few.values()]
         if known is None and not method.scale_heads:
             raise ValueError("gramian_params: pass shared_params= too; it is not known yet which parameters are heads")
+    several = len(passes.present) > 1 or lean is not None or isinstance(method, Amortized)
+    if several and not passes.prove([*candidates.values(), *heads]) and nonfinite == "drop_task":
+        raise RuntimeError("compiled trunk: no finite gradient yet to prove that its backward pass can be repeated")
+    if known is not None and not grouped:
         with restored_on_error(method):
-            return _on_gramian_params(passes, method, [*candidates.values()], heads, lean, nonfinite, max_norm)
+            held = method.ready(constant_mask([[x is not None for x in parsed.items]], parsed.device))
+            if held is not None:
+                if method.positional:
+                    method.remember(parsed.names)
+                _one_pass(passes, method, [*candidates.values()], heads, held, max_norm)
+                return Result.of(_grads(candidates.values()), held, None, grouped=False)
+    if lean is not None:
+        with restored_on_error(method):
+            return _on_gramian_params(
+                passes, method, [*candidates.values()], heads, lean, precision, nonfinite, max_norm
+            )
 
     params = [*candidates.values(), *heads]
     tasks = passes.per_task(params, stored=0 if known is None else len(candidates))
@@ -195,7 +194,7 @@ def backward(
     rows = Rows.by_task(_columns(tasks, shared), indices, num_groups)
     _refuse_unreached(rows, "shared_params")
     mask = task_mask(rows, parsed)
-    gramian = unscaled(ops.gram(rows, precision=passes.precision), passes.scale)
+    gramian = unscaled(ops.gram(rows, precision=precision), passes.scale)
     with restored_on_error(method):
         decision = decide(method, gramian, mask, parsed, parsed.names, nonfinite, max_norm)
         if not decision.skip:
@@ -209,10 +208,23 @@ def backward(
     return Result.of(_grads(params[i] for i in shared), decision.weights, gramian, grouped)
 
 
+def _heads(
+    leaves: Sequence[Tensor], kinds: set[type], shared: dict[str, Tensor], model: nn.Module | None
+) -> tuple[list[Tensor], bool]:
+    """The parameters that are not shared, and whether reentrant checkpointing hides parameters from the graph."""
+    seen = {id(p) for p in shared.values()}
+    heads = [p for p in leaves if id(p) not in seen]
+    hidden = any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds)
+    if hidden and model is not None:
+        seen |= {id(p) for p in heads}
+        heads += [p for p in resolve_params(model, model, "model").values() if id(p) not in seen]
+    return heads, hidden
+
+
 def _weigh_losses(passes: Passes, method: LossWeighting, params: Sequence[Tensor]) -> Tensor:
     """One pass for everything, the heads weighted too, as by ``method(losses).backward()``; returns ``weights [T]``."""
     with weighed_losses(method, passes.losses, passes.scale) as weights:
-        _accumulate_one(params, passes.weighted(params, weights))
+        accumulate((params, Rows.by_task([passes.weighted(params, weights)]), None))
     return weights
 
 
@@ -222,6 +234,7 @@ def _on_gramian_params(
     shared: Sequence[Tensor],
     heads: Sequence[Tensor],
     lean: Sequence[Tensor],
+    precision: str,
     nonfinite: str,
     max_norm: float | None,
 ) -> Result:
@@ -230,7 +243,7 @@ def _on_gramian_params(
     tasks = passes.per_task([*lean, *aside], stored=len(lean), then_more=True)
     rows = Rows.by_task(_columns(tasks, range(len(lean))))
     _refuse_unreached(rows, "gramian_params")
-    gramian = unscaled(ops.gram(rows, precision=passes.precision), passes.scale)
+    gramian = unscaled(ops.gram(rows, precision=precision), passes.scale)
     decision = decide(
         method, gramian, task_mask(rows, passes.losses), passes.losses, passes.losses.names, nonfinite, max_norm
     )
@@ -257,9 +270,10 @@ def _one_pass(
         plain = passes.weighted(heads, None, then_more=True, aside=shared)
         grads = passes.weighted(shared, weights[0], aside=heads)
     rows, rest = Rows.by_task([grads[: len(shared)]]), Rows.by_task([[*grads[len(shared) :], *plain]])
+    _refuse_unreached(rows, "shared_params")
     factor = None
     if max_norm is not None:
-        square = unscaled(ops.gram(rows, precision=passes.precision), passes.scale)
+        square = unscaled(ops.gram(rows), passes.scale)
         factor = clip(torch.ones_like(square[0]), square, max_norm)
     accumulate((shared, rows, factor), (heads, rest, None))
 
@@ -267,10 +281,6 @@ def _one_pass(
 def _refuse_unreached(rows: Rows, argument: str) -> None:
     if all(g is None for g in rows.grads):
         raise ValueError(f"{argument}: no loss reaches any of them; do they belong to the model that made the losses?")
-
-
-def _accumulate_one(params: Sequence[Tensor], grads: Sequence[Tensor | None]) -> None:
-    accumulate((params, Rows.by_task([grads]), None))
 
 
 def _columns(

@@ -164,8 +164,9 @@ def _counts(masks: Sequence[Tensor]) -> list[int]:
 def _mean(name: str, criterion: Criterion, prediction: Tensor, target: Tensor, mask: Tensor, count: int) -> Tensor:
     partial = count < mask.numel()
     mask = mask.to(prediction.device, non_blocking=True)
+    classes = target.dim() < prediction.dim()  # indices, whose scores are in dimension 1
     inputs = [
-        x.masked_fill(~_fit(name, mask, x, argument), 0) if partial else x
+        x.masked_fill(~_fit(name, mask, x, argument, classes), 0) if partial else x
         for argument, x in (("predictions", prediction), ("targets", target))
     ]
     losses = criterion(*inputs)
@@ -177,18 +178,25 @@ def _mean(name: str, criterion: Criterion, prediction: Tensor, target: Tensor, m
             f"criterion of {name}: expected one loss per sample or entry, found shape {list(losses.shape)} from "
             f"predictions {list(prediction.shape)} and targets {list(target.shape)}; use reduction='none'"
         )
-    there = _fit(name, mask, losses, "losses")
+    there = _fit(name, mask, losses, "losses", classes)
     total = (losses.masked_fill(~there, 0) if partial else losses).sum(
         dtype=torch.promote_types(losses.dtype, torch.float32)
     )
     return total / (count * losses.numel() // mask.numel())
 
 
-def _fit(name: str, mask: Tensor, x: Tensor, argument: str) -> Tensor:
+def _fit(name: str, mask: Tensor, x: Tensor, argument: str, classes: bool) -> Tensor:
     """The mask, broadcast over what ``x`` has more: channels in dimension 1, or trailing dimensions."""
-    if x.dim() > 1 and x.shape[:1] + x.shape[2:] == mask.shape:
+    first = x.dim() > 1 and x.shape[:1] + x.shape[2:] == mask.shape
+    last = x.shape[: mask.dim()] == mask.shape
+    if first and last and 1 < mask.dim() < x.dim() and not classes:
+        raise ValueError(
+            f"labelled of {name}: shape {list(mask.shape)} may leave out dimension 1 or the last one of the "
+            f"{argument} {list(x.shape)}; pass a bool per entry"
+        )
+    if first and (classes or not last):
         return mask.unsqueeze(1)
-    if x.shape[: mask.dim()] == mask.shape:
+    if last:
         return mask.reshape(mask.shape + (1,) * (x.dim() - mask.dim()))
     raise ValueError(
         f"labelled of {name}: expected a bool per sample or per entry of the {argument} {list(x.shape)}, found shape "

@@ -2,24 +2,23 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from fastmtl.cut import Cut, cut
 from fastmtl.engine import refuse_unsupported
 from fastmtl.losses import Losses, stack_scalars
 from fastmtl.rows import ThroughBackward, ThroughGrad
 
-COMPILED = "CompiledFunctionBackward"
-
-# Compiled backward functions that gave a task the same gradient before and after the passes of the others.
+# Compiled backward functions that gave tasks the same gradients again after the passes of others.
 _repeatable: weakref.WeakSet[type] = weakref.WeakSet()
 
 _RECIPE = (
@@ -29,45 +28,39 @@ _RECIPE = (
 )
 
 
+@dataclass(frozen=True)
 class Passes:
     """The backward passes of one step.
 
-    Args:
+    Attributes:
         losses: At least one present.
         kinds: The types of the nodes of their graph.
-        filler: ``"grad"`` or ``"backward"``, see `fastmtl.backward`.
+        through: How gradients are taken.
         scale: The loss scale, or None.
         retain_graph: Keep the graph afterwards.
         names: The parameters' names by id, for errors.
-        precision: Of the Gramian.
         chunk_size: Tasks per pass through the common part; None: whole passes, one after the other.
-        row_dtype: What per-task gradients are stored in; None: as they come.
+        row_dtype: What per-task gradients in float32 are stored in; None: as they come.
     """
 
-    def __init__(
-        self,
-        losses: Losses,
-        kinds: set[type],
-        filler: str,
-        scale: Tensor | None,
-        retain_graph: bool,
-        names: dict[int, str],
-        precision: str,
-        chunk_size: int | None,
-        row_dtype: torch.dtype | None,
-    ) -> None:
-        self.losses, self.scale, self.retain_graph = losses, scale, retain_graph
-        self.names, self.precision = names, precision
-        self.chunk_size, self.row_dtype = chunk_size, row_dtype
-        self.through = ThroughGrad if filler == "grad" else ThroughBackward
-        self.unproven = {kind for kind in kinds if kind.__name__ == COMPILED} - set(_repeatable)
+    losses: Losses
+    kinds: set[type]
+    through: type[ThroughGrad] | type[ThroughBackward]
+    scale: Tensor | None
+    retain_graph: bool
+    names: dict[int, str]
+    chunk_size: int | None
+    row_dtype: torch.dtype | None
+
+    @property
+    def present(self) -> list[int]:
+        """The tasks that have a loss."""
+        return [t for t, x in enumerate(self.losses.items) if x is not None]
 
     def without(self, kept: Tensor) -> Passes:
         """The passes over the tasks that were kept only; synchronises with the host."""
         items = tuple(x if keep else None for x, keep in zip(self.losses.items, kept.tolist(), strict=True))
-        passes = copy.copy(self)
-        passes.losses = Losses(self.losses.names, items)
-        return passes
+        return replace(self, losses=Losses(self.losses.names, items))
 
     def per_task(
         self, params: Sequence[Tensor], stored: int = 0, then_more: bool = False
@@ -82,102 +75,101 @@ class Passes:
         Raises:
             RuntimeError: A graph that was freed; backward functions that cannot be batched.
         """
-        tasks: list[Sequence[Tensor | None] | None] = [None] * len(self.losses)
-
-        def store(task: int, row: Sequence[Tensor | None]) -> None:
-            refuse_unsupported(params, row, self.names)
-            if self.row_dtype is not None:
-                row = [self._narrow(g) if i < stored else g for i, g in enumerate(row)]
-            tasks[task] = row
-
         keep = self.retain_graph or then_more
-        present = self._present
+        present = self.present
+        rows: dict[int, Sequence[Tensor | None]] = {}
         if self.chunk_size is None:
             with self.through(params) as run:
                 for t in present:
-                    store(t, self._run(run, t, keep or t < present[-1]))
+                    rows[t] = self._stored(params, self._whole(run, t, keep or t < present[-1]), stored)
         else:
-            self._in_chunks(params, self.chunk_size, keep, store)
-        return tasks
+            parts = cut(self.losses.present)
+            for start in range(0, len(present), self.chunk_size):
+                some = range(start, min(start + self.chunk_size, len(present)))
+                last = some.stop == len(present)
+                rows |= {
+                    present[k]: self._stored(params, row, stored)
+                    for k, row in zip(some, self._chunk(parts, some, params, keep, keep or not last), strict=True)
+                }
+        return [rows.get(t) for t in range(len(self.losses))]
 
-    def _narrow(self, grad: Tensor | None) -> Tensor | None:
-        return grad.to(self.row_dtype) if grad is not None and grad.dtype is torch.float32 else grad
+    def weighted(
+        self, params: Sequence[Tensor], weights: Tensor | None, then_more: bool = False, aside: Sequence[Tensor] = ()
+    ) -> list[Tensor | None]:
+        """One pass for ``sum_t w_t L_t``; None: the plain sum. ``aside``: must not be accumulated into meanwhile."""
+        everything = [*params, *aside] if self.through is ThroughBackward else params
+        tasks, keep = self.present, self.retain_graph or then_more
+        with torch.enable_grad():  # one root: autograd takes 2 us to check each
+            losses = stack_scalars(self.losses.present)
+        if weights is None:
+            weights = torch.ones_like(losses)
+        elif len(tasks) < len(weights):
+            weights = torch.stack([weights[t] for t in tasks])
+        cotangent = (weights if self.scale is None else weights * self.scale).to(losses.dtype)
+        with self.through(everything) as run, self._explained(tasks):
+            grads = list(run([losses], [cotangent], keep))[: len(params)]
+        refuse_unsupported(params, grads, self.names)
+        return grads
 
-    def prove(self, params: Sequence[Tensor]) -> None:
+    def prove(self, params: Sequence[Tensor]) -> bool:
         """Make sure, once per compiled function in the graph, that its backward can be repeated.
 
-        Several passes through one may give wrong gradients without a word; so a first task's pass, another task's, and
-        the first's again. They prove nothing while gradients are not finite; then the next step tries again.
+        Several passes through one may give wrong gradients without a word; so one task's pass, another's, and both
+        again. Gradients that are not finite prove nothing; then the next step tries again.
+
+        Args:
+            params: All parameters that passes of this step may reach.
+
+        Returns:
+            Whether it is proven, or there is nothing to prove.
 
         Raises:
-            RuntimeError: It cannot.
+            RuntimeError: It cannot be repeated.
         """
-        if not self.unproven or len(self._present) < 2:
-            return
-        first, second = self._present[:2]
+        compiled = {kind for kind in self.kinds if kind.__name__ == "CompiledFunctionBackward"}
+        if compiled <= set(_repeatable):
+            return True
+        tasks = (self.present[0], self.present[-1])
         with self.through(params) as run:
-            before, _, after = (self._run(run, t, True) for t in (first, second, first))
-        for a, b in zip(before, after, strict=True):
-            if a is None or b is None:
-                same = a is b
-            else:
-                size = float(a.norm())
-                if not math.isfinite(size):
-                    return
-                same = float((a - b).norm()) <= 1e-3 * size  # NaN is not
-            if not same:
-                raise RuntimeError(f"compiled trunk: a repeated backward pass gave another gradient; {_RECIPE}")
-        _repeatable.update(self.unproven)
+            rows = [self._whole(run, t, True) for t in (*tasks, *tasks)]
+        proven = [_same(first, again) for first, again in zip(rows[:2], rows[2:], strict=True)]
+        if any(proven):
+            _repeatable.update(compiled)
+        return any(proven)
 
-    @property
-    def _present(self) -> list[int]:
-        return [t for t, x in enumerate(self.losses.items) if x is not None]
+    def _whole(self, run: Any, task: int, keep: bool) -> Sequence[Tensor | None]:
+        """A pass through all that a loss reaches."""
+        with self._explained([task]):
+            return run([self._loss(task)], [self._cotangent(task)], keep)
 
-    def _in_chunks(
-        self,
-        params: Sequence[Tensor],
-        size: int,
-        keep: bool,
-        store: Callable[[int, Sequence[Tensor | None]], None],
-    ) -> None:
-        """A pass per task through what it alone reaches, and one per chunk of tasks through what several reach."""
-        parts = cut(self.losses.present)
+    def _chunk(
+        self, parts: Cut, some: range, params: Sequence[Tensor], keep: bool, keep_common: bool
+    ) -> list[list[Tensor | None]]:
+        """A pass per task through what it alone reaches, and one for all through what several reach."""
+        tasks = [self.present[k] for k in some]
+        above = [self._above(parts, k, t, params, keep) for k, t in zip(some, tasks, strict=True)]
         common = [i for i, p in enumerate(params) if id(p) in parts.reach]
-        present = [*enumerate(self._present)]
-
-        def chunk(start: int) -> None:  # what it leaves in other types than the rows' is freed before the next one
-            some = present[start : start + size]
-            tasks = [t for _, t in some]
-            above = [self._above(parts, k, t, params, keep) for k, t in some]
-            arrived = [cotangents for _, cotangents in above]
-            keep_common = keep or start + size < len(present)
-            below = self._below(parts, arrived, [params[i] for i in common], tasks, keep_common)
-            for t, (row, _), found in zip(tasks, above, below, strict=True):
-                for i, g in zip(common, found, strict=True):
-                    row[i] = g
-                store(t, row)
-
-        for start in range(0, len(present), size):
-            chunk(start)
+        below = self._below(parts, [edges for _, edges in above], [params[i] for i in common], tasks, keep_common)
+        for (row, _), found in zip(above, below, strict=True):
+            for i, g in zip(common, found, strict=True):
+                row[i] = g
+        return [row for row, _ in above]
 
     def _above(
         self, parts: Cut, k: int, task: int, params: Sequence[Tensor], keep: bool
     ) -> tuple[list[Tensor | None], dict[int, Tensor]]:
         """Backward through a private part: gradients of the parameters there, and what arrives at the edges."""
-        loss = self.losses.items[task]
-        assert loss is not None
+        loss, cotangent = self._loss(task), self._cotangent(task)
         row: list[Tensor | None] = [None] * len(params)
-        cotangent = self._cotangent(loss)
-        edges = parts.of_task[k]
-        if parts.at_losses:
+        edges, root = parts.of_task[k], get_gradient_edge(loss)
+        if [parts.edges[e][:2] for e in edges] == [(root.node, root.output_nr)]:  # nothing is private
             return row, {edges[0]: torch.ones_like(loss) if cotangent is None else cotangent}
         mine = [i for i, p in enumerate(params) if id(p) in parts.private[k]]
         inputs: list[Any] = [*(parts.edges[e] for e in edges), *(params[i] for i in mine)]
         if not inputs:
             return row, {}
-        grads = self._explaining(
-            [task], lambda: torch.autograd.grad([loss], inputs, [cotangent], retain_graph=keep, allow_unused=True)
-        )
+        with self._explained([task]):
+            grads = torch.autograd.grad([loss], inputs, [cotangent], retain_graph=keep, allow_unused=True)
         for i, g in zip(mine, grads[len(edges) :], strict=True):
             row[i] = g
         return row, {e: g for e, g in zip(edges, grads, strict=False) if g is not None}
@@ -200,66 +192,70 @@ class Passes:
             for e, one in ((e, next(c[e] for c in arrived if e in c)) for e in edges)
         ]
         roots = [parts.edges[e] for e in edges]
-        grads = self._explaining(
-            tasks,
-            lambda: torch.autograd.grad(
+        with self._explained(tasks, batched):
+            grads = torch.autograd.grad(
                 roots, params, cotangents, retain_graph=keep, allow_unused=True, is_grads_batched=batched
-            ),
-            batched,
-        )
+            )
         if not batched:
             return [list(grads)]
         return [
-            [
-                None if g is None or parts.reach[id(p)].isdisjoint(mine) else g[k]
-                for p, g in zip(params, grads, strict=True)
-            ]
+            [g[k] if g is not None and parts.reached(mine, p) else None for p, g in zip(params, grads, strict=True)]
             for k, mine in enumerate(arrived)
         ]
 
-    def weighted(
-        self, params: Sequence[Tensor], weights: Tensor | None, then_more: bool = False, aside: Sequence[Tensor] = ()
-    ) -> list[Tensor | None]:
-        """One pass for ``sum_t w_t L_t``; None: the plain sum. ``aside``: must not be accumulated into meanwhile."""
-        everything = [*params, *aside] if self.through is ThroughBackward else params
-        tasks, keep = self._present, self.retain_graph or then_more
-        with torch.enable_grad():  # one root: autograd takes 2 us to check each
-            losses = stack_scalars(self.losses.present)
-        if weights is None:
-            weights = torch.ones_like(losses)
-        elif len(tasks) < len(weights):
-            weights = torch.stack([weights[t] for t in tasks])
-        cotangent = (weights if self.scale is None else weights * self.scale).to(losses.dtype)
-        with self.through(everything) as run:
-            grads = list(self._explaining(tasks, lambda: run([losses], [cotangent], keep)))[: len(params)]
-        refuse_unsupported(params, grads, self.names)
-        return grads
+    def _stored(self, params: Sequence[Tensor], row: Sequence[Tensor | None], stored: int) -> Sequence[Tensor | None]:
+        """A row as it is kept."""
+        refuse_unsupported(params, row, self.names)
+        if self.row_dtype is None:
+            return row
+        narrow = [i < stored and g is not None and g.dtype is torch.float32 for i, g in enumerate(row)]
+        return [g.to(self.row_dtype) if g is not None and n else g for g, n in zip(row, narrow, strict=True)]
 
-    def _run(self, run: Any, task: int, keep: bool) -> Sequence[Tensor | None]:
+    def _loss(self, task: int) -> Tensor:
         loss = self.losses.items[task]
         assert loss is not None
-        return self._explaining([task], lambda: run([loss], [self._cotangent(loss)], keep))
+        return loss
 
-    def _explaining(
-        self, tasks: Sequence[int], run: Callable[[], Sequence[Any]], batched: bool = False
-    ) -> Sequence[Any]:
-        """Run a pass, with the cause and the cure in the errors that PyTorch words for itself."""
+    def _cotangent(self, task: int) -> Tensor | None:
+        return None if self.scale is None else self.scale.to(self._loss(task).dtype)
+
+    @contextmanager
+    def _explained(self, tasks: Sequence[int], batched: bool = False) -> Iterator[None]:
+        """Give the cause and the cure in errors of a pass that PyTorch words for itself."""
         names = ", ".join(self.losses.names[t] for t in tasks)
         try:
             with explain_freed_graph(names):
-                return run()
+                yield
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             if "donated buffer" in str(error):
                 raise RuntimeError(f"compiled trunk: {_RECIPE}") from error
             if batched and error.__cause__ is None:
                 raise RuntimeError(
                     f"chunk_size={self.chunk_size}: backward of {names} at once failed, since some operation of the "
-                    "model cannot be batched; use chunk_size=1 or None"
+                    f"model cannot be batched; use chunk_size=1 or None ({str(error).splitlines()[0]})"
                 ) from error
             raise
 
-    def _cotangent(self, loss: Tensor) -> Tensor | None:
-        return None if self.scale is None else self.scale.to(loss.dtype)
+
+def _same(first: Sequence[Tensor | None], again: Sequence[Tensor | None]) -> bool:
+    """Whether two passes of a task gave the same gradients; False where they are not finite, which tells nothing.
+
+    Raises:
+        RuntimeError: They gave others.
+    """
+    sizes = [0.0 if a is None else float(a.float().norm()) for a in first]
+    if not all(map(math.isfinite, sizes)):
+        return False
+    for a, b, size in zip(first, again, sizes, strict=True):
+        if a is None or b is None:
+            same = a is b
+        else:  # a parameter may have nothing but rounding noise for a gradient
+            same = float((a.float() - b.float()).norm()) <= 1e-3 * size + 1e-6 * max(sizes)  # NaN is not
+        if not same:
+            raise RuntimeError(f"compiled trunk: a repeated backward pass gave another gradient; {_RECIPE}")
+    return True
 
 
 @contextmanager

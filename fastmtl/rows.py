@@ -234,7 +234,7 @@ def _check_sparse(grads: Sequence[Tensor | None], param: int) -> None:
 
 
 class ThroughGrad:
-    """Fills rows by ``torch.autograd.grad``: touches no ``.grad`` and fires no hooks of the parameters.
+    """Fills rows by ``torch.autograd.grad``: touches no ``.grad`` and fires no post-accumulate hooks.
 
     Rows may alias each other, be transposed or have stride 0; sparse ones are coalesced, which synchronises with the
     host. Finds nothing under reentrant checkpointing.

@@ -545,3 +545,24 @@ def test_a_batch_without_any_label_is_refused(way: type[Training]) -> None:
     ((x, targets),) = batches([(0, 1, 2, 3)])
     with pytest.raises(ValueError, match="expected at least one loss, found 4 tasks, all absent"):
         training.step(x, targets)
+
+
+def test_a_mask_that_could_be_read_in_two_ways() -> None:
+    """[B, S] against [B, S, D] is clear unless S = D; and always for class indices."""
+    mse = nn.MSELoss(reduction="none")
+    for d in (5, 4):
+        x, y = torch.randn(2, 4, d, requires_grad=True), torch.randn(2, 4, d)
+        tokens = torch.zeros(2, 4, dtype=torch.bool)
+        tokens[:, 0] = True
+        if d == 4:
+            with pytest.raises(
+                ValueError, match=r"labelled of task 0: shape \[2, 4\] may leave out dimension 1 or the last"
+            ):
+                labelled_losses(mse, [x], [y], [tokens])
+            tokens = tokens.unsqueeze(-1).expand(2, 4, d)
+        (loss,) = labelled_losses(mse, [x], [y], [tokens])  # type: ignore[misc]
+        torch.testing.assert_close(loss, (x - y)[:, 0].pow(2).mean())
+    scores, classes = torch.randn(2, 4, 4, requires_grad=True), torch.randint(4, (2, 4))
+    classes[:, 2] = -100
+    (loss,) = labelled_losses(nn.CrossEntropyLoss(reduction="none"), [scores], [classes])  # type: ignore[misc]
+    torch.testing.assert_close(loss, nn.functional.cross_entropy(scores, classes))

@@ -224,16 +224,16 @@ def losses(trunk):
     return [(head(z) - t).pow(2).mean() for t, head in enumerate(heads)]
 
 
-def step(trunk_of_step, method, **options):
+def step(trunk_of_step, method, shared=trunk, **options):
     model.zero_grad()
     state = {name: value.clone() for name, value in method.state_dict().items()}
     try:
-        fastmtl.backward(losses(trunk_of_step), method, trunk, **options)
+        fastmtl.backward(losses(trunk_of_step), method, shared, **options)
     except RuntimeError as error:
         assert all(p.grad is None for p in model.parameters())
         assert all(torch.equal(value, state[name]) for name, value in method.state_dict().items())
         return str(error).splitlines()[0]
-    return [p.grad.clone() for p in model.parameters()]
+    return [torch.zeros_like(p) if p.grad is None else p.grad.clone() for p in model.parameters()]
 
 
 def tell(name, trunk_of_step, **options):
@@ -249,6 +249,16 @@ sum(losses(compiled)).backward()  # an ordinary step
 tell("flag on", compiled)
 functorch.donated_buffer = False
 tell("flag off, but compiled before", compiled)
+tell("also by backward", compiled, filler="backward")
+fine = losses
+losses = lambda trunk: [None, None, fine(trunk)[2]]  # one pass per task, but two in all
+tell("also of one task", compiled, gramian_params=trunk[3])
+losses = lambda trunk: [fine(trunk)[0] * float("inf"), *fine(trunk)[1:]]
+tell("also below a task that is dropped", compiled, nonfinite="drop_task")
+losses = fine
+resumed = fastmtl.Amortized(fastmtl.MGDA(), update_every=9)
+fastmtl.backward(losses(trunk), resumed, trunk[3])
+print("also between updates:", step(compiled, resumed, shared=trunk[3]))
 torch._dynamo.reset()
 tell("flag off, but from the cache", torch.compile(trunk))
 torch._dynamo.reset()
@@ -271,8 +281,9 @@ def test_a_compiled_trunk_gives_an_error_or_a_right_answer(tmp_path: Path) -> No
     assert done.returncode == 0, done.stderr
     found = [line.split(": ", 1) for line in done.stdout.splitlines()]
     cure = "compiled trunk: .*donated_buffer = False from the start.*fx_graph_cache.*FeatureSurgery"
-    for name, text in found[:3]:
+    for name, text in found[:7]:
         assert re.match(cure, text), (name, text)
+    assert found[7][0] == "flag off, no cache"
     assert [text for name, text in found if name == "flag off, no cache"] == ["right"] * 4
     assert ["amortized", "True"] in found
     assert (found[-1][0] == "batched" and found[-1][1] == "right") or found[-1][1].startswith("chunk_size=2")
@@ -295,3 +306,26 @@ def test_a_compiled_trunk_is_proven_once() -> None:
     assert step(inputs() * float("inf")) == 3
     assert step(inputs()) == 3
     assert step(inputs()) == 1
+
+
+def test_proving_leaves_the_heads_alone() -> None:
+    trunk, heads = nn.Linear(5, 4).double(), nn.ModuleList(nn.Linear(4, 1).double() for _ in range(3))
+    compiled = torch.compile(trunk, backend="aot_eager")
+    z = compiled(inputs())
+    losses = [head(z).pow(2).mean() for head in heads]
+    expected = weighted_sum(task_gradients(losses, heads.parameters()), torch.ones(3))
+    fastmtl.backward(losses, MGDA(), trunk, filler="backward")
+    assert_grads(heads.parameters(), expected)
+
+
+def test_out_of_memory_stays_what_it_is() -> None:
+    def give_out(grad: Tensor) -> None:
+        raise torch.OutOfMemoryError("no memory")
+
+    model = nets.mlp()
+    h = model.trunk[0](inputs())
+    z = model.trunk[2](torch.tanh(h))
+    h.register_hook(give_out)
+    losses = [head(z).sum() for head in model.heads]
+    with assert_untouched(model), pytest.raises(torch.OutOfMemoryError, match="no memory"):
+        fastmtl.backward(losses, MGDA(), model.trunk, chunk_size=3)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.checks import real, whole
+from fastmtl.rows import constant_mask
 from fastmtl.surgery.base import GradientMethod, Step
 
 
@@ -16,8 +17,9 @@ class Amortized(GradientMethod):
     the heads get their plain gradients as always. The other ways in have the per-task gradients anyway: there only the
     weights are held.
 
-    A task that was absent whenever the method was solved takes the mean of the other tasks' weights. The method's own
-    state moves in the steps that solve it only.
+    A step with a task for which the method was never solved solves, too (so each does while a task reaches no shared
+    parameter). Where tasks are absent in turn, each has the weight of the last solved step in which it took part: these
+    need not sum to what the method's weights do. The method's own state moves in the steps that solve it only.
 
     Args:
         method: A gradient method, for one group of parameters (with ``groups=`` it raises: one backward pass has one
@@ -32,8 +34,9 @@ class Amortized(GradientMethod):
         ValueError: An option out of range.
 
     Note:
-        Whether to solve is decided on the host, so steps cannot be captured in a CUDA graph. Synchronises with the host
-        after the first step, which may have been an overflow, and with ``max_conflict`` after each that solves. State:
+        Whether to solve is decided on the host, so steps cannot be captured in a CUDA graph. It synchronises with the
+        host once after a step that solved, to learn whether the weights are finite; and in steps whose set of tasks is
+        not that of the step before, or is not known to the host (tasks absent behind `FeatureSurgery`). State:
         T weights, and two counts in ``state_dict``; all move in training mode only. Weights of a step that is not
         finite are not kept. `fastmtl.backward` wants ``nonfinite="propagate"`` with it, since a step between looks at
         no task's gradient.
@@ -74,20 +77,17 @@ class Amortized(GradientMethod):
         self.register_state("weights")
         self.register_state("conflict", (1,))
         self.counts = {"steps": 0, "age": 0}  # in all; since the last one that solved
-        self._known = False  # the host knows that there are weights
-        self._held: tuple[Tensor, Tensor] | None = None  # what `ready` returned last, and for which tasks
+        self._held: tuple[Tensor, Tensor] | None = None  # the weights of the tasks that `ready` saw last
 
     @property
     def due(self) -> bool:
-        """Whether the next step solves."""
+        """Whether the next step solves, by the schedule. Synchronises with the host after a step that solved."""
         steps, age = self.counts["steps"], self.counts["age"]
         if steps < self.warmup_steps or age + 1 >= self.update_every or self.weights.numel() == 0:
             return True
-        if not self._known:
-            self._known = bool(self.weights.isfinite().any())
-        if self.max_conflict is not None and age == 0 and float(self.conflict) > self.max_conflict:
+        if age == 0 and self.max_conflict is not None and float(self.conflict) > self.max_conflict:
             return True
-        return not self._known
+        return self._held is None and not bool(self.weights.isfinite().any())
 
     def ready(self, present: Tensor) -> Tensor | None:
         """See `GradientMethod.ready`."""
@@ -95,14 +95,16 @@ class Amortized(GradientMethod):
             return None
         if self._held is None or self._held[0] is not present:
             held = self.state("weights", present, (present.shape[1],), float("nan"))
-            held = torch.where(held.isnan(), held.nanmean(), held)
+            if bool((held.isnan() & present).any()):
+                return None
             self._held = present, torch.where(present, held, 0.0)
         self._count(self.counts["age"] + 1)
         return self._held[1]
 
     def solve(self, step: Step) -> Tensor:
         """See `GradientMethod.solve`."""
-        weights = self.ready(step.present)
+        everyone = constant_mask([[True] * step.gramian.shape[1]], step.gramian.device)
+        weights = self.ready(everyone if step.mask is None else step.mask)
         if weights is not None:
             return weights
         present, gramian = step.present[0], step.gramian[0]
@@ -126,7 +128,7 @@ class Amortized(GradientMethod):
     def set_extra_state(self, state: Tensor) -> None:
         """The counts, from ``state_dict``."""
         self.counts = dict(zip(self.counts, state.tolist(), strict=True))
-        self._known, self._held = False, None
+        self._held = None
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""

@@ -194,20 +194,52 @@ def test_max_norm_between_updates() -> None:
 
 
 def test_absent_tasks() -> None:
-    model, method = nets.mlp(4), Amortized(GradNorm(lr=0.2, scale_heads=False), update_every=4)
-    losses: list[Tensor | None] = [*model.losses(inputs())]
-    losses[1] = None
-    first = fastmtl.backward(losses, method, model.trunk).weights
-    model.zero_grad()
-    losses = [*model.losses(inputs())]
-    losses[0] = None
-    second = fastmtl.backward(losses, method, model.trunk).weights
-    assert second[0] == 0
-    torch.testing.assert_close(second[2:], first[2:])
-    torch.testing.assert_close(second[1], first[[0, 2, 3]].mean())  # was never solved: the others' mean
+    """A task that was never solved for makes its step solve; then each keeps its last weight."""
+    model, method = nets.mlp(4), Amortized(GradNorm(lr=0.2, scale_heads=False), update_every=9)
+
+    def step(absent: int | None) -> fastmtl.Result:
+        model.zero_grad()
+        losses: list[Tensor | None] = [*model.losses(inputs())]
+        if absent is not None:
+            losses[absent] = None
+        return fastmtl.backward(losses, method, model.trunk)
+
+    first, again = step(1), step(1)
+    assert torch.equal(again.weights, first.weights)
+    assert again.gramian is None
+    second = step(0)  # task 1 is new
+    assert second.gramian is not None
+    assert second.weights[0] == 0
     assert all(p.grad is None for p in model.heads[0].parameters())
-    third = fastmtl.backward(model.losses(inputs()), method, model.trunk).weights
-    torch.testing.assert_close(third[0], first[0])
+    third = step(None)
+    assert third.gramian is None
+    torch.testing.assert_close(third.weights[0], first.weights[0])
+    torch.testing.assert_close(third.weights[1:], second.weights[1:])
+    fourth = step(2)
+    torch.testing.assert_close(fourth.weights, third.weights * torch.tensor([1, 1, 0, 1]))
+
+
+def test_a_task_that_misses_the_shared_parameters() -> None:
+    """Its head goes on as it is in every step, though the method scales heads."""
+    model, method = nets.mlp(), Amortized(GradNorm(lr=0.2), update_every=3)
+    alone = nn.Linear(5, 1).double()
+    for _ in range(4):
+        x = inputs()
+        losses = [*model.losses(x), alone(x).pow(2).mean()]
+        alone.zero_grad()
+        expected = torch.autograd.grad(losses[-1], [*alone.parameters()], retain_graph=True)
+        out = fastmtl.backward(losses, method, model.trunk)
+        assert out.weights[-1] == 0
+        assert_grads(alone.parameters(), expected)
+
+
+def test_wrong_parameters_between_updates() -> None:
+    model, method, other = nets.mlp(), Amortized(MGDA(), update_every=9), nn.Linear(2, 2)
+    fastmtl.backward(model.losses(inputs()), method, model.trunk)
+    with assert_untouched(model, method, other), pytest.raises(ValueError, match="shared_params: no loss reaches"):
+        fastmtl.backward(model.losses(inputs()), method, other)
+    with assert_untouched(model, method), pytest.raises(ValueError, match=r"gramian_params.*'nowhere'"):
+        fastmtl.backward(model.losses(inputs()), method, model.trunk, model=model, gramian_params="nowhere")
 
 
 @pytest.mark.filterwarnings(r"ignore:.*should not be instantiated:DeprecationWarning")  # torch's own tracing
