@@ -6,6 +6,8 @@ import itertools
 import warnings
 import weakref
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ _TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") e
 @torch.library.custom_op("fastmtl::layer_weights", mutates_args=(), tags=_TAGS)
 def _layer_weights(gramian: Tensor, reached: list[bool] | None, number: int) -> Tensor:
     layer = _layers[number]
-    layer._refuse_single_loss(reached, gramian)
+    layer._refuse_single_loss(reached)
     with restored_on_error(layer.method):
         return layer._weigh(gramian, reached)
 
@@ -133,6 +135,14 @@ def _refuse_batched(rows: Rows) -> None:
         )
 
 
+@dataclass(eq=False)
+class _Total:
+    """What a call of `total` tells the backward pass."""
+
+    num_present: int
+    flows: bool  # the backward pass began at it, or at least passed it; True if that cannot be known
+
+
 class FeatureSurgery(nn.Module):
     """Gradient surgery on the shared representation: one trunk pass, whatever the number of tasks.
 
@@ -169,18 +179,20 @@ class FeatureSurgery(nn.Module):
     Note:
         Cost: T x (size of the features) instead of T x P: two reads of the features' gradients and one write. No host
         synchronisation. The losses must reach the layer in one backward pass of their sum: call `total` in every step,
-        and its ``backward()`` before the next `total`.
+        and its ``backward()`` before the next `total`. With several layers in one model, call each one's `total` with
+        the losses that read it.
 
         RuntimeError, before any state moves, in backward: for gradients of gradients and for batched ones
-        (``is_grads_batched``, ``torch.func``); for a second pass through the same forward pass; and for a pass in which
-        one task of several arrives, unless it is the pass of a `total` or `total` was told that the others are absent:
-        each of one backward pass per loss would solve a problem of a single task.
+        (``is_grads_batched``, ``torch.func``); for a second pass through the same forward pass; for the pass of an
+        earlier `total` than the last (of a sum of them: after the last one's step); and for a pass in which one task of
+        several arrives, unless it is the pass of a `total` or `total` was told that the others are absent: each of one
+        backward pass per loss would solve a problem of a single task.
 
         torch.compile: the layer may be compiled with the whole model, with any part of it or not at all, with the same
         results. A compiled graph hides some wrong uses: derivatives raise with PyTorch's own text, gradients of
         gradients only in the second pass; a second pass with ``retain_graph`` is a second step; one backward pass per
-        loss is noticed only without `total`, and on the CPU only, since elsewhere a look at the gradients would
-        synchronise. Activation checkpointing may go around trunk and heads; around the layer it breaks the graph.
+        loss is not noticed, nor, if `total` is compiled, the pass of an earlier one. Activation checkpointing may go
+        around trunk and heads; around the layer it breaks the graph.
 
     Reference:
         Sener and Koltun, "Multi-Task Learning as Multi-Objective Optimization", NeurIPS 2018, section 3.3, generalised
@@ -232,9 +244,8 @@ class FeatureSurgery(nn.Module):
         self.register_buffer("losses", torch.zeros(num_tasks, dtype=torch.float64), persistent=False)
         self.register_buffer("present", torch.ones(num_tasks, dtype=torch.bool), persistent=False)
         self._names = numbered(num_tasks)
-        self._has_losses = False
-        self._num_present = num_tasks  # as `total` saw it
-        self._total_flows = False  # the backward pass began at `total`, or at least passed it
+        self._total: _Total | None = None  # of the backward pass to come; None: not called yet
+        self._last_total: _Total | None = None  # whose the buffers are
         self._idle = 0  # forward passes since the layer last did something
         self._register()
 
@@ -298,9 +309,7 @@ class FeatureSurgery(nn.Module):
             return [x for x in shared for _ in range(self.num_tasks)]
         # A new step, whose losses are still to come; unless activation checkpointing repeats this one within backward.
         if compiling or torch._C._current_graph_task_id() == -1:
-            self._has_losses = False
-            self._num_present = self.num_tasks
-            self._total_flows = False
+            self._total = None
         copies = _Surgery.apply(self._number, self.num_tasks, self.precision, *shared)
         return [z for copy in copies for z in copy.unbind(0)] if compiling else copies
 
@@ -342,12 +351,13 @@ class FeatureSurgery(nn.Module):
                     self.present.fill_(False)
                     for t in tasks:
                         self.present[t] = True
-            self._has_losses, self._num_present = True, len(tasks)
             total = values.sum()
-            if torch.compiler.is_compiling():
-                self._total_flows = True  # or not: it cannot be known
-            elif total.requires_grad:
-                total.register_hook(self._note_total)
+            compiling = torch.compiler.is_compiling()
+            # Within backward, activation checkpointing repeats a `total` whose hook has run.
+            told = _Total(len(tasks), flows=compiling or torch._C._current_graph_task_id() != -1)
+            self._total = self._last_total = told
+            if not compiling and total.requires_grad:
+                total.register_hook(partial(self._begin, told))
             return total
         return values.sum()
 
@@ -355,26 +365,24 @@ class FeatureSurgery(nn.Module):
     def _reads_losses(self) -> bool:
         return self.nonfinite != "propagate" or bool(self.method.needs_losses)
 
-    def _note_total(self, grad: Tensor) -> None:
-        self._total_flows = True
+    def _begin(self, total: _Total, grad: Tensor) -> None:
+        """The backward pass of a `total` begins."""
+        if total is not self._last_total:
+            raise RuntimeError(
+                "FeatureSurgery: backward of an earlier total; call each total's backward() before the next total"
+            )
+        total.flows = True
+        self._total = total  # again, if there was another forward pass in between
 
-    def _refuse_single_loss(self, reached: list[bool] | None, gramian: Tensor | None = None) -> None:
+    def _refuse_single_loss(self, reached: list[bool] | None) -> None:
         """Refuse one backward pass per loss: each would solve a problem of a single task.
 
         Args:
             reached: Whose gradient arrived; None: not known, or all.
-            gramian: Of a traced graph, where zeros arrive from whom the loss does not depend on. On the CPU only:
-                elsewhere a look would synchronise.
         """
-        if self.num_tasks == 1 or self._total_flows:
+        if self.num_tasks == 1 or reached is None or sum(reached) != 1:
             return
-        if gramian is None:
-            expected = self._has_losses and self._num_present == 1
-        else:
-            expected = self._has_losses
-            if reached is None and gramian.device.type == "cpu":
-                reached = (gramian[0].diagonal() != 0).tolist()
-        if reached is not None and sum(reached) == 1 and not expected:
+        if self._total is None or not (self._total.flows or self._total.num_present == 1):
             task = self._names[reached.index(True)]
             raise RuntimeError(f"FeatureSurgery: a backward pass of the loss of {task} alone; {ONE_PASS}")
 
@@ -383,7 +391,7 @@ class FeatureSurgery(nn.Module):
         assert not isinstance(self.method, LossWeighting)
         losses = None
         if self._reads_losses:
-            if self._has_losses:
+            if self._total is not None:
                 losses = Losses(self._names, self.losses.unbind(0))
             elif self.method.needs_losses:
                 name = type(self.method).__name__
@@ -391,7 +399,7 @@ class FeatureSurgery(nn.Module):
         self._idle = 0
         raw = unscaled(gramian, scale_of(self.scaler, gramian.device))
         mask = None if reached is None else constant_mask([reached], gramian.device)
-        if self._num_present < self.num_tasks:
+        if self._total is not None and self._total.num_present < self.num_tasks:
             declared = self.present.unsqueeze(0)
             mask = declared if mask is None else declared & mask
         weights = decide(self.method, raw, mask, losses, self._names, self.nonfinite).weights

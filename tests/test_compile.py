@@ -183,6 +183,28 @@ def test_parts(method: str, compile_: Callable[..., Forward]) -> None:
     assert counters["stats"]["unique_graphs"] > 0
 
 
+@pytest.mark.parametrize("compile_", [whole, trunk_and_layer])
+def test_zero_gradients_without_total(compile_: Callable[..., Forward]) -> None:
+    """Of hinge losses that are satisfied: such tasks are not absent, and a task that is left is not alone."""
+
+    def total(net: Net, zs: tuple[Tensor, ...]) -> Tensor:
+        a, *others = net.head_losses(zs)
+        return a + sum((1e-3 * x - 1e3).clamp(min=0) for x in others)
+
+    def forward(net: Net) -> Callable[[Tensor], Tensor]:
+        return lambda x: total(net, net.surgery(net.trunk(x)))
+
+    net = Net(GradVac())
+    if compile_ is whole:
+        run = torch.compile(forward(net), fullgraph=True, backend="aot_eager")
+    else:
+        part = torch.compile(lambda x: net.surgery(net.trunk(x)), fullgraph=True, backend="aot_eager")
+        run = lambda x: total(net, part(x))  # noqa: E731
+    assert_as_eager(net, run, [(inputs(),) for _ in range(3)], eager=forward)
+    assert net.surgery.result.gramian.count_nonzero() == 1
+    assert any(p.grad.count_nonzero() for p in net.trunk.parameters())
+
+
 # ---- under DistributedDataParallel -----------------------------------------------------------------------------------
 
 
@@ -403,22 +425,33 @@ def test_export_is_the_identity() -> None:
 
 
 @pytest.mark.parametrize("compile_", [whole, trunk_and_layer])
-def test_one_backward_per_loss_raises(compile_: Callable[..., Any]) -> None:
-    """On the CPU; elsewhere it would take a look at the device."""
+def test_the_backward_pass_of_an_earlier_total_raises(compile_: Callable[..., Forward]) -> None:
+    """Where `total` is eager."""
     net = Net(GradVac())
-    if compile_ is whole:
-        losses = torch.compile(net.losses, fullgraph=True, backend="aot_eager")(inputs())
+    if compile_ is whole:  # but for `total`
+        losses = torch.compile(net.losses, fullgraph=True, backend="aot_eager")
     else:
         part = torch.compile(lambda x: net.surgery(net.trunk(x)), fullgraph=True, backend="aot_eager")
-        losses = net.head_losses(part(inputs()))
-    with (
-        assert_untouched(net.surgery, net.trunk),
-        pytest.raises(RuntimeError, match=r"loss of task 1 alone.*total\(losses\)\.backward"),
-    ):
-        losses[1].backward(retain_graph=True)
-    assert net.surgery.result is None
-    net.surgery.total(losses).backward()
-    assert net.surgery.result is not None
+        losses = lambda x: net.head_losses(part(x))  # noqa: E731
+    earlier = net.surgery.total(losses(inputs()))
+    a, _, _ = losses(inputs())
+    last = net.surgery.total([a, None, None])
+    with assert_untouched(net), pytest.raises(RuntimeError, match="backward of an earlier total"):
+        earlier.backward()
+    last.backward()
+    assert net.surgery.result.weights.tolist() == [1, 0, 0]
+
+
+def test_compiled_autograd_of_an_earlier_total_raises() -> None:
+    """Also with a graph at hand from passes that were right."""
+    net = Net(GradVac())
+    for _ in range(2):
+        CompiledBackward(net(inputs())).backward()
+    earlier, last = net(inputs()), net(inputs(), 1)
+    with assert_untouched(net), pytest.raises(RuntimeError, match="backward of an earlier total"):
+        CompiledBackward(earlier).backward()
+    CompiledBackward(last).backward()
+    assert net.surgery.result.weights[1] == 0
 
 
 def test_an_error_leaves_the_state_alone() -> None:

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 import fastmtl
 from fastmtl import MGDA, FeatureSurgery, GradNorm, GradVac, PCGrad, UncertaintyWeighting
@@ -637,6 +637,108 @@ def test_a_single_loss_that_is_meant_to_be_alone() -> None:
     elsewhere = torch.ones((), dtype=torch.float64, requires_grad=True)
     net.surgery.total([net.losses(inputs())[0], elsewhere * 1, elsewhere * 2]).backward()
     assert net.surgery.result.weights.tolist() == [1, 0, 0]
+
+
+def test_the_backward_pass_of_an_earlier_total_raises() -> None:
+    """It would be solved with what the last `total` was told; its heads get no gradients either."""
+    net = LayerNet(GradVac())
+    earlier = net(inputs())
+    a, _, _ = net.losses(inputs())
+    last = net.surgery.total([a, None, None])
+    error = r"earlier total; call each total's backward\(\) before the next total"
+    for wrong in (earlier, 2 * earlier):
+        with assert_untouched(net.surgery, net.trunk), pytest.raises(RuntimeError, match=error):
+            wrong.backward(retain_graph=True)
+        assert net.heads[1].weight.grad is None
+    assert net.surgery.result is None
+    last.backward()
+    assert net.surgery.result.weights.tolist() == [1, 0, 0]
+
+
+def test_a_sum_of_two_totals_raises() -> None:
+    """When the earlier one's turn comes, after the last one's step."""
+    net = LayerNet(GradVac())
+    with pytest.raises(RuntimeError, match="backward of an earlier total"):
+        (net(inputs()) + net(inputs())).backward()
+
+
+def test_accumulation_over_batches() -> None:
+    """Forward, `total`, backward, each time; with totals that are not meant for backward in evaluation."""
+    net, x = LayerNet(MGDA()), [inputs() for _ in range(3)]
+    expected = []
+    for each in x:
+        net.zero_grad()
+        net(each).backward()
+        expected.append([p.grad.clone() for p in net.parameters()])
+    net.zero_grad()
+    for each in x:
+        total = net(each)
+        with torch.no_grad():
+            net(inputs())
+        net.eval()
+        net(inputs())
+        net.train()
+        total.backward()
+    assert_grads(net.parameters(), [sum(each) for each in zip(*expected, strict=True)])
+
+
+def test_losses_of_two_forward_passes_in_one_total() -> None:
+    """Each forward pass is combined by itself, both with what `total` was told."""
+    net, x = LayerNet(MGDA()), [inputs(), inputs()]
+    features = [net.trunk(each).detach().requires_grad_() for each in x]
+    for z in features:
+        net.surgery.total([*net.head_losses(net.surgery(z))[:2], None]).backward()
+    both = [z.detach().clone().requires_grad_() for z in features]
+    (a0, a1, _), (b0, b1, _) = (net.head_losses(net.surgery(z)) for z in both)
+    net.surgery.total([a0 + b0, a1 + b1, None]).backward()
+    assert_grads(both, [z.grad for z in features])
+
+
+def test_gradients_of_trunk_and_heads_apart() -> None:
+    """Two passes from one `total`, of which one goes through the layer."""
+    net, x = LayerNet(MGDA()), inputs()
+    net(x).backward()
+    total = net(x)
+    trunk = torch.autograd.grad(total, [*net.trunk.parameters()], retain_graph=True)
+    heads = torch.autograd.grad(total, [*net.heads.parameters()])
+    assert_grads([*net.trunk.parameters(), *net.heads.parameters()], [*trunk, *heads])
+
+
+def test_a_forward_pass_in_between_does_not_take_the_losses_away() -> None:
+    method = GradNorm(scale_heads=False)
+    net = LayerNet(method)
+    losses = net.losses(inputs())
+    total = net.surgery.total(losses)
+    net.losses(inputs())
+    total.backward()
+    assert method.initial_losses.tolist() == [float(x.detach()) for x in losses]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing_around_total(use_reentrant: bool) -> None:
+    """The `total` that is repeated within backward is the same step's; two of three tasks miss the features."""
+    net, elsewhere = LayerNet(GradVac()), torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    def total(x: Tensor) -> Tensor:
+        return net.surgery.total([net.losses(x)[0], elsewhere * 1, elsewhere * 2])
+
+    for _ in range(2):
+        with set_checkpoint_early_stop(False):  # or else it would stop short of `total`
+            checkpoint(total, inputs().requires_grad_(), use_reentrant=use_reentrant).backward()
+        assert net.surgery.result.weights.tolist() == [1, 0, 0]
+    assert net.surgery.method.rng[1] == 2
+
+
+def test_several_layers_in_one_model() -> None:
+    """Each one's `total` says who is absent: a batch of one task is none of a single loss."""
+    net = LayerNet(MGDA())
+    first, second = FeatureSurgery(MGDA(), num_tasks=2), FeatureSurgery(MGDA(), num_tasks=2)
+    z = net.trunk(inputs())
+    loss = (first(z)[0] * second(2 * z)[0]).sum()
+    for surgery in (first, second):
+        total = surgery.total([loss, None])
+    total.backward()
+    assert first.result.weights.tolist() == second.result.weights.tolist() == [1, 0]
 
 
 def test_batched_gradients_raise() -> None:
