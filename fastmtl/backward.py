@@ -280,7 +280,10 @@ def _one_pass(
 
 def _refuse_unreached(rows: Rows, argument: str) -> None:
     if all(g is None for g in rows.grads):
-        raise ValueError(f"{argument}: no loss reaches any of them; do they belong to the model that made the losses?")
+        raise ValueError(
+            f"{argument}: no loss reaches any of them; do they belong to the model that made the losses, and ran it "
+            "with gradients (no detach(), no torch.no_grad())?"
+        )
 
 
 def _columns(

@@ -120,5 +120,5 @@ def parse_losses(losses: LossesLike, differentiable: bool = True) -> Losses:
         if x.dim() != 0:
             items[i] = x.reshape(())
     if device is None:
-        raise ValueError(f"losses: expected at least one loss, found {len(items)} tasks, all absent")
+        raise ValueError(f"losses: expected at least one loss, found {len(items)} tasks, all absent: skip this batch")
     return Losses(names, tuple(items))

@@ -57,7 +57,10 @@ def resolve_params(params: ParamsLike, model: nn.Module | None, argument: str) -
         elif isinstance(entry, str):
             _add_named(entry, model, argument, add, add_module)
         else:
-            raise TypeError(f"{argument}[{i}]: expected a module, a parameter or a name, found {type(entry).__name__}")
+            hint = "; pass parameters(), not named_parameters()" if isinstance(entry, tuple) else ""
+            raise TypeError(
+                f"{argument}[{i}]: expected a module, a parameter or a name, found {type(entry).__name__}{hint}"
+            )
     if not found:
         what = "nothing in it (a generator that was used already?)" if not entries else "no trainable parameter in it"
         raise ValueError(f"{argument}: {what}")

@@ -267,6 +267,6 @@ def explain_freed_graph(names: str) -> Iterator[None]:
         if "backward through the graph a second time" not in str(error):
             raise
         raise RuntimeError(
-            f"loss of {names}: its graph was freed by an earlier backward pass; compute the loss anew, or pass "
-            "retain_graph=True to that pass"
+            f"loss of {names}: its graph was freed by an earlier backward pass; hand all losses to one call, without a "
+            "backward() of your own before it (or, to go through them again on purpose, retain_graph=True there)"
         ) from error

@@ -68,7 +68,8 @@ class Amortized(GradientMethod):
     ) -> None:
         super().__init__()
         if not isinstance(method, GradientMethod) or isinstance(method, Amortized):
-            raise TypeError(f"method: expected a gradient method such as fastmtl.PCGrad(), found {method!r}")
+            hint = f"; construct it: {method.__name__}()" if isinstance(method, type) else ""
+            raise TypeError(f"method: expected a gradient method such as fastmtl.PCGrad(), found {method!r}{hint}")
         self.method = method
         self.update_every = whole("update_every", update_every, 1)
         self.warmup_steps = whole("warmup_steps", warmup_steps, 0)
