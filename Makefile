@@ -9,7 +9,7 @@ EDITABLE := --no-build-isolation --config-settings editable_mode=compat --editab
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format info bench plots gpu cuda-check clean
+.PHONY: help demo test test-dist lint format info bench plots gpu cuda-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -40,6 +40,10 @@ demo: $(VENV)/fastmtl ## train 25 tasks on customer reviews with every method: a
 
 test: $(VENV)/test ## all tests that need no GPU
 	FASTMTL_REQUIRE_EXT=1 $(BIN)/python -m pytest $(ARGS)
+
+test-dist: $(VENV)/test ## the tests of many processes in full, and their example
+	FASTMTL_REQUIRE_EXT=1 $(BIN)/python -m pytest -m "not slow or slow" tests/test_distributed*.py $(ARGS)
+	$(BIN)/python -m torch.distributed.run --nproc-per-node 2 examples/distributed.py
 
 lint: $(VENV)/lint ## style, docstrings, types
 	$(BIN)/ruff check .

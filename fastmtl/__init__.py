@@ -6,7 +6,7 @@ A gradient method is rows -> Gramian -> weights -> combine. The ways in: `backwa
 
 from importlib import metadata as _metadata
 
-from fastmtl import ops, reference, solvers
+from fastmtl import distributed, ops, reference, solvers
 from fastmtl.aggregate import aggregate
 from fastmtl.backward import backward
 from fastmtl.labels import labelled_losses
@@ -40,6 +40,7 @@ __all__ = [
     "UncertaintyWeighting",
     "aggregate",
     "backward",
+    "distributed",
     "labelled_losses",
     "ops",
     "reference",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from fastmtl import ops
 from fastmtl.checks import whole
+from fastmtl.distributed import Group, ranks_of
 from fastmtl.engine import (
     Method,
     accumulate,
@@ -23,10 +25,10 @@ from fastmtl.engine import (
     scale_of,
     task_mask,
     unscaled,
-    warn_if_distributed,
     weighed_losses,
 )
-from fastmtl.losses import LossesLike, parse_losses
+from fastmtl.exchange import Exchange, Shards, describe_params, finish, has_static_graph
+from fastmtl.losses import Losses, LossesLike, parse_losses
 from fastmtl.parameters import GroupsLike, ParamsLike, check_one_device, find_leaves, resolve_groups, resolve_params
 from fastmtl.passes import Passes
 from fastmtl.result import Result
@@ -54,6 +56,7 @@ def backward(
     row_dtype: torch.dtype | None = None,
     filler: str = "auto",
     retain_graph: bool = False,
+    process_group: Group = "auto",
 ) -> Result:
     """Fill ``.grad`` as ``loss.backward()`` does, with the shared parameters' gradients combined by ``method``.
 
@@ -93,6 +96,10 @@ def backward(
         filler: How rows are obtained. ``"grad"``: ``torch.autograd.grad``, fires no post-accumulate hooks.
             ``"backward"``: ``.backward()``, taking ``.grad``; for reentrant checkpointing. ``"auto"`` picks.
         retain_graph: Keep the graph afterwards.
+        process_group: The ranks that share a batch, whose local losses average to its losses
+            (`fastmtl.distributed.mean`): ``.grad`` is what one process with the whole batch would have, and needs no
+            further averaging. ``"auto"``: all ranks, where ``torch.distributed`` has several. None: each rank for
+            itself.
 
     Returns:
         `Result`; ``grads`` are the shared parameters' ``.grad``.
@@ -102,11 +109,18 @@ def backward(
         ValueError: A loss without graph, an unknown option or name, options that exclude each other. ``.grad`` and the
             method's state are then as before.
         FloatingPointError: With ``nonfinite="raise"``.
+        RuntimeError: Ranks have other tasks, parameters, methods or options; on every rank.
 
     Note:
         Cost: T backward passes through the shared part (one, if ``method`` is a loss weighting), then two reads of the
         T x P per-task gradients and one write of P; T x P memory. No host synchronisation with the default policy. Of
         parameters with sparse gradients only the rows that are touched count, which synchronises; see `fastmtl.sparse`.
+
+        With W ranks each task's gradients are reduce-scattered while the next one's are computed, and the combination
+        all-gathered: ``(T + 1) P`` numbers moved, ``T P / W + 2 P`` memory, four host synchronisations. The model may
+        be wrapped in ``DistributedDataParallel``, whose own averaging is not used then, but not with
+        ``static_graph=True``; with ``filler="backward"`` pass its ``module`` and run that. Tasks may be absent on some
+        ranks: then pass ``model``. Not there: sparse gradients.
 
     Example:
         >>> import torch, fastmtl
@@ -130,9 +144,9 @@ def backward(
         raise ValueError(f"row_dtype: expected torch.bfloat16, torch.float16 or None, found {row_dtype!r}")
     if isinstance(method, Amortized) and nonfinite != "propagate":
         raise ValueError(f"nonfinite={nonfinite!r}: Amortized looks at no gradients between its updates")
-    warn_if_distributed()
     grouped = groups not in (None, "all")
-    parsed = parse_losses(losses)
+    ranks = ranks_of(process_group)
+    parsed = parse_losses(losses, empty=ranks is not None)
     leaves, kinds = find_leaves(parsed.present)
     known = _known_shared(shared_params, model, len(parsed))
     if known is None:
@@ -140,7 +154,7 @@ def backward(
         candidates = resolve_params(model, model, "model")
     else:
         candidates = known
-    heads, hidden = _heads(leaves, kinds, candidates, model)
+    heads, hidden = _heads(leaves, kinds, candidates, model, whole=ranks is not None)
     knows_heads = gramian_params is not None or nonfinite != "propagate" or isinstance(method, Amortized)
     if hidden and model is None and (knows_heads or getattr(method, "scale_heads", False)):
         raise ValueError("model: needed here, since reentrant checkpointing hides which parameters the heads have")
@@ -149,14 +163,50 @@ def backward(
     if chunk_size is not None and filler == "backward":
         raise ValueError(f"chunk_size={chunk_size}: needs filler='grad', which reentrant checkpointing does not allow")
     through = ThroughGrad if filler == "grad" else ThroughBackward
-    scale = scale_of(scaler, parsed.device)
+    scale = scale_of(scaler, parsed.device if parsed.present else next(iter(candidates.values())).device)
     by_id = {id(p): name for name, p in candidates.items()}
     passes = Passes(parsed, kinds, through, scale, retain_graph, by_id, chunk_size, row_dtype)
+
+    exchange: Exchange | None = None
+    if ranks is not None:
+        if through is ThroughBackward and _averages(model):
+            raise ValueError("model: filler='backward' would have DistributedDataParallel average; pass model.module")
+        options = {"nonfinite": nonfinite, "max_norm": max_norm, "precision": precision, "row_dtype": row_dtype}
+        options |= {"scaler": scaler is not None, "gramian_params": gramian_params is not None}
+        options["groups"] = groups if isinstance(groups, str | None) else len(groups)
+        call = {
+            "options": [f"{name}={value}" for name, value in options.items()],
+            "shared_params": ["still to be found"] if known is None else describe_params(candidates),
+            "other parameters": [f"{list(p.shape)} {p.dtype}" for p in heads],
+        }
+        if known is not None and grouped:
+            call["options"].append(f"group of each parameter={resolve_groups(groups, candidates, model)[0]}")
+        if gramian_params is not None:
+            call["gramian_params"] = describe_params(resolve_params(gramian_params, model, "gramian_params"))
+        mine = set() if model is None else {id(p) for p in model.parameters()}
+        if not mine.issuperset(map(id, heads)):  # their order tells which they are while all ranks have the same tasks
+            present = [name for name, x in zip(parsed.names, parsed.items, strict=True) if x is not None]
+            call["tasks with a loss (model= allows that)"] = present
+        exchange = Exchange(
+            ranks,
+            method,
+            parsed,
+            [x is not None for x in parsed.items],
+            parsed.names,
+            next(iter(candidates.values())).device,
+            {"call": ["fastmtl.backward"], **call},
+            has_static_graph(parsed.present, model),
+        )
+        if known is None and isinstance(method, GradientMethod):
+            assert model is not None
+            known, private = _discover_over_ranks(exchange, passes, candidates, heads)
+            _keep_shared(model, candidates, known, exchange.present)
+            candidates, heads = known, [*private, *heads]
 
     if isinstance(method, LossWeighting):
         refuse_options(method, nonfinite=nonfinite, max_norm=max_norm, gramian_params=gramian_params)
         num_groups = resolve_groups(groups, candidates, model)[1]
-        weights = _weigh_losses(passes, method, [*candidates.values(), *heads])
+        weights = _weigh_losses(passes, method, [*candidates.values(), *heads], exchange)
         return Result.of(_grads(candidates.values()), weights.expand(num_groups, -1), None, grouped)
     lean: list[Tensor] | None = None
     if gramian_params is not None:
@@ -172,19 +222,28 @@ def backward(
         raise RuntimeError("compiled trunk: no finite gradient yet to prove that its backward pass can be repeated")
     if known is not None and not grouped:
         with restored_on_error(method):
-            held = method.ready(constant_mask([[x is not None for x in parsed.items]], parsed.device))
+            there = [x is not None for x in parsed.items] if exchange is None else exchange.present
+            held = method.ready(constant_mask([there], next(iter(candidates.values())).device))
             if held is not None:
                 if method.positional:
                     method.remember(parsed.names)
-                _one_pass(passes, method, [*candidates.values()], heads, held, max_norm)
+                _one_pass(passes, method, [*candidates.values()], heads, held, max_norm, exchange)
                 return Result.of(_grads(candidates.values()), held, None, grouped=False)
     if lean is not None:
         with restored_on_error(method):
             return _on_gramian_params(
-                passes, method, [*candidates.values()], heads, lean, precision, nonfinite, max_norm
+                passes, method, [*candidates.values()], heads, lean, precision, nonfinite, max_norm, exchange
             )
 
     params = [*candidates.values(), *heads]
+    if exchange is not None:
+        check_one_device(candidates, "shared_params")
+        indices, num_groups = resolve_groups(groups, candidates, model)
+        shards = Shards(exchange, [*candidates.values()], indices, num_groups, row_dtype)
+        tasks = replace(passes, row_dtype=None).per_task(params, take=shards.add)
+        columns = _columns(tasks, range(len(candidates), len(params)))
+        weights, gramian = finish(shards, heads, columns, method, scale, nonfinite, max_norm, precision)
+        return Result.of(_grads(candidates.values()), weights, gramian, grouped)
     tasks = passes.per_task(params, stored=0 if known is None else len(candidates))
     shared = list(range(len(candidates))) if known is not None else _discover(candidates, tasks)
     names = [*candidates]
@@ -203,28 +262,38 @@ def backward(
                 ([params[i] for i in shared], rows, decision.weights),
                 ([params[i] for i in rest], Rows.by_task(_columns(tasks, rest)), decision.for_heads(method)),
             )
-    if known is None and model is not None and all(task is not None for task in tasks):
-        _shared_of[model] = (len(tasks), *names), [names[i] for i in shared]
+    if known is None and model is not None:
+        _keep_shared(model, candidates, found, [task is not None for task in tasks])
     return Result.of(_grads(params[i] for i in shared), decision.weights, gramian, grouped)
 
 
 def _heads(
-    leaves: Sequence[Tensor], kinds: set[type], shared: dict[str, Tensor], model: nn.Module | None
+    leaves: Sequence[Tensor], kinds: set[type], shared: dict[str, Tensor], model: nn.Module | None, whole: bool
 ) -> tuple[list[Tensor], bool]:
-    """The parameters that are not shared, and whether reentrant checkpointing hides parameters from the graph."""
-    seen = {id(p) for p in shared.values()}
-    heads = [p for p in leaves if id(p) not in seen]
+    """The parameters that are not shared, and whether reentrant checkpointing hides parameters from the graph.
+
+    If that is so, or ``whole``, all of the model's are among them, the first, in its order.
+    """
     hidden = any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds)
-    if hidden and model is not None:
-        seen |= {id(p) for p in heads}
-        heads += [p for p in resolve_params(model, model, "model").values() if id(p) not in seen]
-    return heads, hidden
+    known = resolve_params(model, model, "model").values() if model is not None and (hidden or whole) else ()
+    heads = {id(p): p for p in (*known, *leaves)}
+    for p in shared.values():
+        heads.pop(id(p), None)
+    return [*heads.values()], hidden
 
 
-def _weigh_losses(passes: Passes, method: LossWeighting, params: Sequence[Tensor]) -> Tensor:
+def _averages(model: nn.Module | None) -> bool:
+    return isinstance(model, nn.parallel.DistributedDataParallel) and bool(model.require_backward_grad_sync)
+
+
+def _weigh_losses(passes: Passes, method: LossWeighting, params: Sequence[Tensor], exchange: Exchange | None) -> Tensor:
     """One pass for everything, the heads weighted too, as by ``method(losses).backward()``; returns ``weights [T]``."""
-    with weighed_losses(method, passes.losses, passes.scale) as weights:
-        accumulate((params, Rows.by_task([passes.weighted(params, weights)]), None))
+    losses = passes.losses if exchange is None else exchange.losses
+    with weighed_losses(method, losses, passes.scale, alone=True) as weights:
+        grads = passes.weighted(params, weights)
+        if exchange is not None:
+            grads = exchange.average(params, grads)
+        accumulate((params, Rows.by_task([grads]), None))
     return weights
 
 
@@ -237,21 +306,30 @@ def _on_gramian_params(
     precision: str,
     nonfinite: str,
     max_norm: float | None,
+    exchange: Exchange | None,
 ) -> Result:
     """The Gramian on ``lean`` only, then one weighted pass; a second, short one where heads stay unweighted."""
     aside = [] if passes.through is ThroughGrad else [p for p in [*shared, *heads] if all(p is not q for q in lean)]
-    tasks = passes.per_task([*lean, *aside], stored=len(lean), then_more=True)
-    rows = Rows.by_task(_columns(tasks, range(len(lean))))
-    _refuse_unreached(rows, "gramian_params")
-    gramian = unscaled(ops.gram(rows, precision=precision), passes.scale)
-    decision = decide(
-        method, gramian, task_mask(rows, passes.losses), passes.losses, passes.losses.names, nonfinite, max_norm
-    )
+    losses: Losses | None = passes.losses
+    if exchange is None:
+        tasks = passes.per_task([*lean, *aside], stored=len(lean), then_more=True)
+        rows = Rows.by_task(_columns(tasks, range(len(lean))))
+        del tasks
+        _refuse_unreached(rows, "gramian_params")
+        gramian = unscaled(ops.gram(rows, precision=precision), passes.scale)
+        mask = task_mask(rows, losses)
+        del rows  # the pass below needs memory
+    else:
+        losses = exchange.losses
+        shards = Shards(exchange, lean, row_dtype=passes.row_dtype, argument="gramian_params")
+        replace(passes, row_dtype=None).per_task([*lean, *aside], then_more=True, take=shards.add)
+        gramian, mask = shards.gramian(precision, passes.scale)
+        del shards
+    decision = decide(method, gramian, mask, losses, passes.losses.names, nonfinite, max_norm)
     if decision.kept is not None:  # the pass below would multiply their gradients by 0, and 0 * inf is NaN
         passes = passes.without(decision.kept)
-    if not decision.skip and passes.losses.present:
-        del tasks, rows  # the pass below needs memory
-        _one_pass(passes, method, shared, heads, decision.weights)
+    if not decision.skip and (passes.losses.present or exchange is not None):
+        _one_pass(passes, method, shared, heads, decision.weights, exchange=exchange)
     return Result.of(_grads(shared), decision.weights, gramian, grouped=False)
 
 
@@ -262,6 +340,7 @@ def _one_pass(
     heads: Sequence[Tensor],
     weights: Tensor,
     max_norm: float | None = None,
+    exchange: Exchange | None = None,
 ) -> None:
     """One pass with known ``weights [1, T]``; before it a short one where heads stay unweighted."""
     if not heads or method.scale_heads:
@@ -269,6 +348,8 @@ def _one_pass(
     else:
         plain = passes.weighted(heads, None, then_more=True, aside=shared)
         grads = passes.weighted(shared, weights[0], aside=heads)
+    if exchange is not None:
+        grads, plain = exchange.average([*shared, *heads], [*grads, *plain]), []
     rows, rest = Rows.by_task([grads[: len(shared)]]), Rows.by_task([[*grads[len(shared) :], *plain]])
     _refuse_unreached(rows, "shared_params")
     factor = None
@@ -299,6 +380,13 @@ def _grads(params: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
 # Per model, from a step with all tasks present: T and the names of the trainable parameters, and the names of those
 # that at least two tasks reached.
 _shared_of: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int | str, ...], list[str]]] = weakref.WeakKeyDictionary()
+
+
+def _keep_shared(
+    model: nn.Module, candidates: dict[str, Tensor], shared: Iterable[str], present: Sequence[bool]
+) -> None:
+    if all(present):
+        _shared_of[model] = (len(present), *candidates), [*shared]
 
 
 def _known_shared(
@@ -333,3 +421,26 @@ def _discover(candidates: dict[str, Tensor], tasks: Sequence[Sequence[Tensor | N
             "model: no parameter is reached by two tasks, so there is nothing to share; pass shared_params="
         )
     return shared
+
+
+def _discover_over_ranks(
+    exchange: Exchange, passes: Passes, candidates: dict[str, Tensor], heads: Sequence[Tensor]
+) -> tuple[dict[str, Tensor], list[Tensor]]:
+    """The shared ones of the candidates, and the others, by passes that look at what has a gradient on any rank.
+
+    The graph would not do: `DistributedDataParallel` makes all of the model's outputs depend on each other.
+    """
+    names, params = [*candidates], [*candidates.values()]
+    marks = [[0] * len(params) for _ in exchange.present]
+
+    def take(task: int, row: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+        marks[task] = [int(g is not None) for g in row[: len(params)]]
+        return ()
+
+    passes.per_task([*params, *heads], then_more=True, take=take)
+    tasks = [
+        [p if mark else None for p, mark in zip(params, row, strict=True)] if there else None
+        for there, row in zip(exchange.present, exchange.most(marks), strict=True)
+    ]
+    shared = _discover(candidates, tasks)
+    return {names[i]: params[i] for i in shared}, [p for i, p in enumerate(params) if i not in set(shared)]

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor
 
 from fastmtl import ops, sparse
@@ -55,22 +53,6 @@ def refuse_options(method: LossWeighting, **options: Any) -> None:
     for name, value in options.items():
         if value is not None and (name, value) != ("nonfinite", "propagate"):
             raise ValueError(f"{name}: {type(method).__name__} is a loss weighting, which looks at no gradients")
-
-
-_told_ranks = False
-
-
-def warn_if_distributed() -> None:
-    """Warn once where there are several ranks: gradients are combined per rank, and nobody averages them."""
-    global _told_ranks
-    ranks = torch.distributed
-    if not _told_ranks and ranks.is_available() and ranks.is_initialized() and ranks.get_world_size() > 1:
-        _told_ranks = True
-        warnings.warn(
-            "fastmtl combines each rank's own gradients and does not average .grad across ranks; average it yourself, "
-            "or use FeatureSurgery under DistributedDataParallel",
-            stacklevel=3,
-        )
 
 
 def scale_of(scaler: Any, device: torch.device) -> Tensor | None:
@@ -218,7 +200,9 @@ def restored_on_error(method: Method) -> Iterator[None]:
 
 
 @contextmanager
-def weighed_losses(method: LossWeighting, losses: Losses | None, scale: Tensor | None = None) -> Iterator[Tensor]:
+def weighed_losses(
+    method: LossWeighting, losses: Losses | None, scale: Tensor | None = None, alone: bool = False
+) -> Iterator[Tensor]:
     """Weigh the losses by a loss weighting, for the weights ``[T]`` to be used within.
 
     Afterwards the weighting's own parameters get their gradients. If anything within raises, its state is as before.
@@ -227,6 +211,7 @@ def weighed_losses(method: LossWeighting, losses: Losses | None, scale: Tensor |
         method: Its state advances.
         losses: None where the caller has none.
         scale: The loss scale, for the gradients of the weighting's own parameters.
+        alone: Ask no other rank: the losses are the averages already, or the caller wants this rank's.
 
     Raises:
         ValueError: There are no losses.
@@ -235,7 +220,14 @@ def weighed_losses(method: LossWeighting, losses: Losses | None, scale: Tensor |
         raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
     with restored_on_error(method):
         method.remember(losses.names)
-        total, weights = method.slopes(losses.items)
+        if alone:
+            group, method.process_group = method.process_group, None
+            try:
+                total, weights = method.slopes(losses.items)
+            finally:
+                method.process_group = group
+        else:
+            total, weights = method.slopes(losses.items)
         yield weights
         if total.requires_grad:
             total.backward(None if scale is None else scale.to(total.dtype))

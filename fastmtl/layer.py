@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -16,13 +16,17 @@ from torch.utils import _pytree as pytree
 
 from fastmtl import ops
 from fastmtl.checks import whole
+from fastmtl.distributed import Group, Ranks, check_group, ranks_of, several
 from fastmtl.engine import Method, check_method, decide, restored_on_error, scale_of, unscaled
+from fastmtl.exchange import describe, handshake
 from fastmtl.losses import Losses, LossesLike, numbered, parse_losses, spread, stack_scalars
 from fastmtl.result import Result
 from fastmtl.rows import Rows, constant_mask
+from fastmtl.surgery.base import GradientMethod, Step
 from fastmtl.weighting.base import LossWeighting
 
 IDLE_CALLS = 10
+SKIPPED = 4  # arguments of `_Surgery` before the features
 ONE_PASS = (
     "all losses must reach the layer in one pass: surgery.total(losses).backward(), with None for the loss of a task "
     "that is absent from this batch"
@@ -59,7 +63,9 @@ class _Surgery(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, number: int, num_tasks: int, precision: str, *features: Tensor) -> tuple[Tensor, ...]:
+    def forward(
+        ctx: Any, number: int, num_tasks: int, precision: str, anchored: bool, *features: Tensor
+    ) -> tuple[Tensor, ...]:
         ctx.number = number
         ctx.num_tasks = num_tasks
         ctx.precision = precision
@@ -70,17 +76,31 @@ class _Surgery(torch.autograd.Function):
             return tuple(copies)
         ctx.layer = _layers[number]  # alive until backward
         ctx.used = False
-        return tuple(z for copy in copies for z in copy.unbind(0))
+        ctx.anchored = anchored
+        outputs = [z for copy in copies for z in copy.unbind(0)]
+        if anchored:  # one more output, 0, on which every rank's total depends
+            ctx.like = [torch.empty((), dtype=x.dtype, device=x.device).expand(x.shape) for x in features]
+            outputs.append(features[0].new_zeros(()))
+        return tuple(outputs)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError("FeatureSurgery cannot be differentiated twice (create_graph=True)")
         traced = ctx.layer is None
+        anchored = not traced and ctx.anchored
+        if anchored:
+            grads, ctx.layer._anchor = grads[:-1], None
         rows = Rows([*grads], ctx.num_tasks, stacked=traced)
         parts = _by_dtype(rows)
-        out: list[Tensor | None] = [None] * (3 + rows.num_params)
+        out: list[Tensor | None] = [None] * (SKIPPED + rows.num_params)
         if not parts:
+            if anchored:  # the other ranks wait
+                with restored_on_error(ctx.layer.method):
+                    device = ctx.like[0].device
+                    none = torch.zeros(1, ctx.num_tasks, ctx.num_tasks, dtype=torch.float64, device=device)
+                    ctx.layer._weigh(none, [False] * ctx.num_tasks)
+                _fill(out, ctx.like)
             return tuple(out)
         reached = None if traced or all(g is not None for g in grads) else rows.present()[0]
         if traced or torch.compiler.is_compiling():
@@ -94,6 +114,8 @@ class _Surgery(torch.autograd.Function):
         with restored_on_error(ctx.layer.method):
             weights = ctx.layer._weigh(_gram(parts, ctx.precision), reached)
             _combine(parts, weights, out)
+        if anchored:
+            _fill(out, ctx.like)
         ctx.used = True
         return tuple(out)
 
@@ -123,7 +145,14 @@ def _combine(parts: Parts, weights: Tensor, out: list[Tensor | None]) -> None:
     """Put the features' combined gradients in their places, which are the last ones of ``out``."""
     for features, part in parts:
         for i, grad in zip(features, ops.combine(part, weights), strict=True):
-            out[3 + i] = grad
+            out[SKIPPED + i] = grad
+
+
+def _fill(out: list[Tensor | None], like: list[Tensor]) -> None:
+    """Zeros where no gradient arrived: other ranks may have one, and the trunk's parameters are reduced on all."""
+    for i, x in enumerate(like):
+        if out[SKIPPED + i] is None:
+            out[SKIPPED + i] = torch.zeros_like(x, memory_format=torch.contiguous_format)
 
 
 def _refuse_batched(rows: Rows) -> None:
@@ -167,6 +196,8 @@ class FeatureSurgery(nn.Module):
         scaler: The ``torch.amp.GradScaler`` that scales the total loss, if any: the method then sees raw gradients.
         nonfinite: ``"propagate"`` or ``"drop_task"``; see `fastmtl.backward`. The latter reaches the trunk only.
         precision: ``"full"`` or ``"fast"``, of the Gramian; see `fastmtl.ops.gram`.
+        process_group: The ranks that share a batch: a ``torch.distributed.ProcessGroup``; ``"auto"``: all ranks, where
+            there are several; None: each for itself. See `fastmtl.distributed`.
 
     Attributes:
         result: `Result` of the last backward pass (``weights [T]``, ``gramian [T, T]`` over the features), or None.
@@ -194,6 +225,9 @@ class FeatureSurgery(nn.Module):
         loss is not noticed, nor, if `total` is compiled, the pass of an earlier one. Activation checkpointing may go
         around trunk and heads; around the layer it breaks the graph.
 
+        RuntimeError, on every rank and naming one, in the first backward pass: with several ranks, of which one has
+        other tasks, another method or other options.
+
     Reference:
         Sener and Koltun, "Multi-Task Learning as Multi-Objective Optimization", NeurIPS 2018, section 3.3, generalised
         from MGDA to every method.
@@ -219,6 +253,7 @@ class FeatureSurgery(nn.Module):
         scaler: Any = None,
         nonfinite: str = "propagate",
         precision: str = "full",
+        process_group: Group = "auto",
     ) -> None:
         super().__init__()
         check_method(method)
@@ -239,6 +274,12 @@ class FeatureSurgery(nn.Module):
         self.nonfinite = nonfinite
         ops.check_precision(precision)
         self.precision = precision
+        check_group(process_group)
+        self.process_group = process_group
+        if isinstance(method, LossWeighting) and process_group != "auto":
+            method.process_group = process_group
+        self._aligned = False  # all ranks have the same state
+        self._anchor: Tensor | None = None  # 0, with the graph of the last forward pass: of several ranks only
         self.result: Result | None = None
         # What `total` saw, for the backward pass. Buffers, because compiled graphs update those faithfully.
         self.register_buffer("losses", torch.zeros(num_tasks, dtype=torch.float64), persistent=False)
@@ -247,6 +288,8 @@ class FeatureSurgery(nn.Module):
         self._total: _Total | None = None  # of the backward pass to come; None: not called yet
         self._last_total: _Total | None = None  # whose the buffers are
         self._idle = 0  # forward passes since the layer last did something
+        if not isinstance(method, LossWeighting):
+            _shape_state(method, num_tasks)
         self._register()
 
     def forward(self, features: Any) -> tuple[Any, ...]:
@@ -305,13 +348,23 @@ class FeatureSurgery(nn.Module):
         learning = learning and any(x.requires_grad for x in shared)
         if learning:
             self._watch()
+        alone = compiling or not learning or not several(self.process_group)
         if not learning or isinstance(self.method, LossWeighting):
+            if not alone:
+                self._anchor = torch.stack([x.reshape(-1)[:0].sum().double() for x in shared if x.requires_grad]).sum()
             return [x for x in shared for _ in range(self.num_tasks)]
         # A new step, whose losses are still to come; unless activation checkpointing repeats this one within backward.
         if compiling or torch._C._current_graph_task_id() == -1:
             self._total = None
-        copies = _Surgery.apply(self._number, self.num_tasks, self.precision, *shared)
-        return [z for copy in copies for z in copy.unbind(0)] if compiling else copies
+        anchored = not alone and ranks_of(self.process_group) is not None
+        copies = _Surgery.apply(self._number, self.num_tasks, self.precision, anchored, *shared)
+        if compiling:
+            return [z for copy in copies for z in copy.unbind(0)]
+        if anchored:
+            *copies, anchor = copies
+            if torch._C._current_graph_task_id() == -1:
+                self._anchor = anchor
+        return copies
 
     def total(self, losses: LossesLike) -> Tensor:
         """The scalar to call ``backward()`` on, and the layer's way to learn loss values and absent tasks.
@@ -327,25 +380,29 @@ class FeatureSurgery(nn.Module):
         """
         if isinstance(self.method, LossWeighting):
             total: Tensor = self.method(losses)
+            if self._anchor is not None:
+                if not _any(losses):
+                    total = total + self._anchor.to(total.dtype)
+                self._anchor = None
             if not torch.compiler.is_compiling():
                 self._idle = 0
                 self.result = None if self.method.weights is None else Result(None, self.method.weights, None)
             return total
-        parsed = parse_losses(losses, differentiable=False)
+        parsed = parse_losses(losses, differentiable=False, empty=self._anchor is not None)
         if len(parsed) != self.num_tasks:
             raise ValueError(f"losses: expected {self.num_tasks} tasks, found {len(parsed)}")
         if not torch.compiler.is_compiling():
             self._names = parsed.names
             if self.method.positional:
                 self.method.remember(parsed.names)
-        values = stack_scalars(parsed.present)
+        values = stack_scalars(parsed.present if self._anchor is None else parsed.present or [self._anchor])
         if self.training and torch.is_grad_enabled():
             if self.losses.device != values.device:  # without parameters, it is easily forgotten in model.to(device)
                 self.losses, self.present = self.losses.to(values.device), self.present.to(values.device)
             tasks = [t for t, x in enumerate(parsed.items) if x is not None]
             all_present = len(tasks) == self.num_tasks
             with torch.no_grad():
-                if self._reads_losses:
+                if self._reads_losses and tasks:
                     self.losses.copy_(values if all_present else spread(values, tasks, self.num_tasks))
                 if not all_present:
                     self.present.fill_(False)
@@ -353,6 +410,8 @@ class FeatureSurgery(nn.Module):
                         self.present[t] = True
             total = values.sum()
             compiling = torch.compiler.is_compiling()
+            if self._anchor is not None and not compiling:
+                total = total + self._anchor.to(total.dtype)
             # Within backward, activation checkpointing repeats a `total` whose hook has run.
             told = _Total(len(tasks), flows=compiling or torch._C._current_graph_task_id() != -1)
             self._total = self._last_total = told
@@ -402,9 +461,32 @@ class FeatureSurgery(nn.Module):
         if self._total is not None and self._total.num_present < self.num_tasks:
             declared = self.present.unsqueeze(0)
             mask = declared if mask is None else declared & mask
+        ranks = ranks_of(self.process_group)
+        if ranks is not None:
+            raw, mask, losses = self._agree(ranks, raw, mask, losses)
         weights = decide(self.method, raw, mask, losses, self._names, self.nonfinite).weights
+        self._aligned = ranks is not None
         self.result = Result(None, weights[0], raw[0])
         return weights
+
+    def _agree(
+        self, ranks: Ranks, gramian: Tensor, mask: Tensor | None, losses: Losses | None
+    ) -> tuple[Tensor, Tensor, Losses | None]:
+        """What a single process with the whole batch would see."""
+        if not self._aligned:
+            subjects = {
+                "tasks": self._names,
+                "method": describe(self.method),
+                "FeatureSurgery": [f"nonfinite={self.nonfinite!r}", f"total called: {self._total is not None}"],
+            }
+            handshake(ranks, subjects, [], gramian.device)
+            ranks.align(self.method, gramian.device)
+        here = torch.ones_like(gramian[0, 0], dtype=torch.bool) if mask is None else mask[0]
+        values = None if losses is None else self.losses
+        there, values, total = ranks.agree(here, values, gramian[0])
+        assert total is not None
+        everyone = None if values is None else Losses(self._names, values.unbind(0))
+        return total.unsqueeze(0), there.unsqueeze(0), everyone
 
     def _watch(self) -> None:
         """Warn once if the layer is passed again and again, and never used."""
@@ -431,11 +513,32 @@ class FeatureSurgery(nn.Module):
         return f"num_tasks={self.num_tasks}, nonfinite={self.nonfinite!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "result": None}
+        return {**self.__dict__, "result": None, "_anchor": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         self._register()
+
+
+def _shape_state(method: GradientMethod, num_tasks: int) -> None:
+    """Let state that waits for its shape have it now: ``torch.distributed.checkpoint`` loads into what is there.
+
+    A step that is not finite gives it one, and moves nothing.
+    """
+    waiting = [getattr(module, name) for module in method.modules() for name in getattr(module, "_shaped_later", ())]
+    if not method.training or not any(x.numel() == 0 and not x.is_meta for x in waiting):
+        return
+    nan = torch.full((1, num_tasks, num_tasks), float("nan"), dtype=torch.float64, device=waiting[0].device)
+    attributes = [(vars(module), dict(vars(module))) for module in method.modules()]  # counts of steps
+    method.weigh(Step(nan, None, nan[0, 0]))
+    for now, then in attributes:
+        now.update(then)
+
+
+def _any(losses: LossesLike) -> bool:
+    """Whether any task is present."""
+    items = losses.values() if isinstance(losses, Mapping) else losses
+    return any(x is not None for x in items)
 
 
 def _name(features: Any, leaf: Any) -> str:

@@ -69,12 +69,13 @@ def spread(values: Tensor, tasks: Sequence[int], num_tasks: int, fill: float = f
     return torch.stack(parts)
 
 
-def parse_losses(losses: LossesLike, differentiable: bool = True) -> Losses:
+def parse_losses(losses: LossesLike, differentiable: bool = True, empty: bool = False) -> Losses:
     """Check what a user passed as losses.
 
     Args:
         losses: See `LossesLike`.
         differentiable: Insist on a graph behind each loss.
+        empty: All tasks may be absent.
 
     Raises:
         TypeError: A loss is not a tensor.
@@ -119,6 +120,6 @@ def parse_losses(losses: LossesLike, differentiable: bool = True) -> Losses:
         device = x.device
         if x.dim() != 0:
             items[i] = x.reshape(())
-    if device is None:
+    if device is None and not empty:
         raise ValueError(f"losses: expected at least one loss, found {len(items)} tasks, all absent: skip this batch")
     return Losses(names, tuple(items))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -33,7 +33,7 @@ class Passes:
     """The backward passes of one step.
 
     Attributes:
-        losses: At least one present.
+        losses: At least one present, on some rank.
         kinds: The types of the nodes of their graph.
         through: How gradients are taken.
         scale: The loss scale, or None.
@@ -63,7 +63,11 @@ class Passes:
         return replace(self, losses=Losses(self.losses.names, items))
 
     def per_task(
-        self, params: Sequence[Tensor], stored: int = 0, then_more: bool = False
+        self,
+        params: Sequence[Tensor],
+        stored: int = 0,
+        then_more: bool = False,
+        take: Callable[[int, Sequence[Tensor | None]], Sequence[Tensor | None]] | None = None,
     ) -> list[Sequence[Tensor | None] | None]:
         """Each task's gradients, None for absent tasks.
 
@@ -71,6 +75,7 @@ class Passes:
             params: Parameters.
             stored: So many of them, the first, have their gradients stored in ``row_dtype``.
             then_more: Keep the graph for further passes.
+            take: Called with each task and its gradients as they come; what it returns takes their place.
 
         Raises:
             RuntimeError: A graph that was freed; backward functions that cannot be batched.
@@ -78,19 +83,22 @@ class Passes:
         keep = self.retain_graph or then_more
         present = self.present
         rows: dict[int, Sequence[Tensor | None]] = {}
+
+        def keep_row(task: int, row: Sequence[Tensor | None]) -> None:
+            row = self._stored(params, row, stored)
+            rows[task] = row if take is None else take(task, row)
+
         if self.chunk_size is None:
             with self.through(params) as run:
                 for t in present:
-                    rows[t] = self._stored(params, self._whole(run, t, keep or t < present[-1]), stored)
-        else:
+                    keep_row(t, self._whole(run, t, keep or t < present[-1]))
+        elif present:
             parts = cut(self.losses.present)
             for start in range(0, len(present), self.chunk_size):
                 some = range(start, min(start + self.chunk_size, len(present)))
                 last = some.stop == len(present)
-                rows |= {
-                    present[k]: self._stored(params, row, stored)
-                    for k, row in zip(some, self._chunk(parts, some, params, keep, keep or not last), strict=True)
-                }
+                for k, row in zip(some, self._chunk(parts, some, params, keep, keep or not last), strict=True):
+                    keep_row(present[k], row)
         return [rows.get(t) for t in range(len(self.losses))]
 
     def weighted(
@@ -99,6 +107,8 @@ class Passes:
         """One pass for ``sum_t w_t L_t``; None: the plain sum. ``aside``: must not be accumulated into meanwhile."""
         everything = [*params, *aside] if self.through is ThroughBackward else params
         tasks, keep = self.present, self.retain_graph or then_more
+        if not tasks:  # those of other ranks only
+            return [None] * len(params)
         with torch.enable_grad():  # one root: autograd takes 2 us to check each
             losses = stack_scalars(self.losses.present)
         if weights is None:

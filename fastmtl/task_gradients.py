@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fastmtl import ops, sparse
 from fastmtl.checks import whole
+from fastmtl.distributed import Group, ranks_of, several
 from fastmtl.engine import (
     Method,
     accumulate,
@@ -23,9 +24,9 @@ from fastmtl.engine import (
     scale_of,
     task_mask,
     unscaled,
-    warn_if_distributed,
     weighed_losses,
 )
+from fastmtl.exchange import Exchange, Shards, describe_params, finish, has_static_graph, weighted
 from fastmtl.losses import Losses, LossesLike, numbered, parse_losses
 from fastmtl.parameters import GroupsLike, ParamsLike, check_one_device, resolve_groups, resolve_params
 from fastmtl.passes import explain_freed_graph
@@ -100,6 +101,7 @@ class TaskGradients:
         """Forget all rows and losses; `combine` does so too."""
         self._rows: list[list[Tensor | None] | None] = [None] * self.num_tasks
         self._losses: list[Tensor | None] = [None] * self.num_tasks
+        self._static_graph = False
 
     def backward(self, task: int, loss: Tensor, retain_graph: bool = False) -> None:
         """Run ``loss.backward()`` and keep the shared parameters' gradients as this task's.
@@ -115,6 +117,8 @@ class TaskGradients:
         """
         checked = parse_losses({self._name(task): loss}).present[0]
         scale = scale_of(self.scaler, checked.device)
+        if several("auto"):
+            self._static_graph = self._static_graph or has_static_graph([checked])
         with self.task(task), explain_freed_graph(self._name(task)):
             torch.autograd.backward([checked], [scale if scale is None else scale.to(loss.dtype)], retain_graph)
         before = self._losses[task]
@@ -139,6 +143,7 @@ class TaskGradients:
         nonfinite: str = "propagate",
         max_norm: float | None = None,
         precision: str = "full",
+        process_group: Group = "auto",
     ) -> Result:
         """Add the combined gradients to ``.grad`` and forget the rows.
 
@@ -149,6 +154,10 @@ class TaskGradients:
                 that were given.
             max_norm: As for `fastmtl.backward`.
             precision: As for `fastmtl.backward`.
+            process_group: As for `fastmtl.backward`. Each rank may have run passes of other tasks, or none. The shared
+                parameters' gradients are averaged over the ranks, and those of heads that were given; others are left
+                to the caller. Under ``DistributedDataParallel`` run the forward passes in ``no_sync()``, which saves
+                its averaging of each task's gradients.
 
         Returns:
             `Result`; ``grads`` are the shared parameters' ``.grad``. Tasks without a row are absent.
@@ -159,20 +168,38 @@ class TaskGradients:
         """
         check_method(method)
         check_nonfinite(nonfinite, self.scaler)
-        if all(row is None for row in self._rows):
+        ranks = ranks_of(process_group)
+        if ranks is None and all(row is None for row in self._rows):
             raise ValueError("combine: no task has run a backward pass yet")
         if (isinstance(method, LossWeighting) or method.scale_heads) and not self.heads:
             raise ValueError(
                 f"{type(method).__name__} scales the heads too: pass heads= to TaskGradients, "
                 "or scale_heads=False to the method if it has it"
             )
-        warn_if_distributed()
         parsed = self._parse(losses)
         n = len(self.shared)
+        if isinstance(method, LossWeighting):
+            refuse_options(method, nonfinite=nonfinite, max_norm=max_norm)
+        if ranks is not None:
+            options = (
+                f"nonfinite={nonfinite} max_norm={max_norm} precision={precision} scaler={self.scaler is not None}"
+            )
+            shared = dict(zip(self._param_names.values(), self.shared, strict=True))
+            call = {
+                "call": ["TaskGradients.combine"],
+                "options": [options],
+                "shared_params": describe_params(shared),
+                "groups": [str(self._groups)],
+                "heads": [f"{list(p.shape)} {p.dtype}" for p in self.heads],
+            }
+            here = [row is not None for row in self._rows]
+            exchange = Exchange(
+                ranks, method, parsed, here, self.names, self.shared[0].device, call, self._static_graph
+            )
+            return self._combine_over_ranks(exchange, method, nonfinite, max_norm, precision)
         rows = Rows.by_task([r and r[:n] for r in self._rows], self._groups, self._num_groups)
         heads = Rows.by_task([r and r[n:] for r in self._rows])
         if isinstance(method, LossWeighting):
-            refuse_options(method, nonfinite=nonfinite, max_norm=max_norm)
             return self._weigh_losses(method, parsed, rows, heads)
         gramian = unscaled(ops.gram(rows, precision=precision), scale_of(self.scaler, rows.device))
         with restored_on_error(method):
@@ -182,10 +209,26 @@ class TaskGradients:
         return self._finish(decision.weights, gramian)
 
     def _weigh_losses(self, method: LossWeighting, losses: Losses | None, rows: Rows, heads: Rows) -> Result:
-        with weighed_losses(method, losses, scale_of(self.scaler, rows.device)) as weights:
+        with weighed_losses(method, losses, scale_of(self.scaler, rows.device), alone=True) as weights:
             weights = weights.to(rows.device).expand(rows.num_groups, -1)
             accumulate((self.shared, rows, weights), (self.heads, heads, weights[:1]))
         return self._finish(weights, None)
+
+    def _combine_over_ranks(
+        self, exchange: Exchange, method: Method, nonfinite: str, max_norm: float | None, precision: str
+    ) -> Result:
+        scale = scale_of(self.scaler, exchange.device)
+        if isinstance(method, LossWeighting):
+            params = [*self.shared, *self.heads]
+            with weighed_losses(method, exchange.losses, scale, alone=True) as weights:
+                weights = weights.to(exchange.device).unsqueeze(0)
+                grads = exchange.average(params, weighted(self._rows, len(params), weights))
+                accumulate((params, Rows.by_task([grads]), None))
+            return self._finish(weights.expand(self._num_groups, -1), None)
+        shards = Shards(exchange, self.shared, self._groups, self._num_groups)
+        rest = [None if row is None else shards.add(t, row)[len(self.shared) :] for t, row in enumerate(self._rows)]
+        weights, gramian = finish(shards, self.heads, rest, method, scale, nonfinite, max_norm, precision)
+        return self._finish(weights, gramian)
 
     def _finish(self, weights: Tensor, gramian: Tensor | None) -> Result:
         self.zero()

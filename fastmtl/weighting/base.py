@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import warnings
 from collections.abc import Sequence
 
@@ -9,10 +10,14 @@ import torch
 from torch import Tensor
 
 from fastmtl.checks import whole
-from fastmtl.losses import LossesLike, parse_losses, spread, stack_scalars
+from fastmtl.distributed import Group, agree_on_losses, device_of, ranks_of, several
+from fastmtl.losses import Losses, LossesLike, parse_losses, spread, stack_scalars
 from fastmtl.state import Stateful
 
 UNCHANGED_CALLS = 100
+
+Everywhere = tuple[Tensor, Tensor]
+"""See `LossWeighting.scalar`."""
 
 
 class LossWeighting(Stateful):
@@ -26,24 +31,33 @@ class LossWeighting(Stateful):
     one under ``torch.no_grad()`` is taken for validation. A call as a method (`fastmtl.backward`, `aggregate`,
     `TaskGradients.combine`) is a training step also there.
 
+    With several ranks of ``torch.distributed``, each training step is weighed by the losses' averages over them, the
+    same on all, by one all-reduce of 2 T numbers; all ranks must call it.
+
     Attributes:
         num_tasks: T where the weighting is made for one number of tasks; None: any.
+        process_group: The ranks that share a batch, see `fastmtl.distributed.Group`; None: each weighs its own losses.
     """
 
     num_tasks: int | None = None
+    process_group: Group = "auto"
 
     def __init__(self) -> None:
         super().__init__()
         self._weights: Tensor | None = None
         self._last_versions: list[int] = []
         self._unchanged = 0
+        self._met = False  # all ranks have the same
 
-    def scalar(self, losses: Tensor, tasks: Sequence[int] | None) -> Tensor:
+    def scalar(self, losses: Tensor, tasks: Sequence[int] | None, everywhere: Everywhere | None = None) -> Tensor:
         """The weighted loss.
 
         Args:
             losses: Values of the present tasks, ``[n]``.
             tasks: Their n indices among the T tasks; None if all are present.
+            everywhere: With several ranks: which tasks are on any of them, bool ``[T]``, and their average losses,
+                ``[T]`` float64, NaN for absent ones. ``losses`` are then those of all T tasks, 0 for what is absent on
+                this rank.
         """
         raise NotImplementedError
 
@@ -56,16 +70,43 @@ class LossWeighting(Stateful):
         Returns:
             A scalar in the losses' dtype, at least float32.
         """
-        parsed = parse_losses(losses, differentiable=False)
+        shared = self.training and torch.is_grad_enabled() and several(self.process_group)
+        parsed = parse_losses(losses, differentiable=False, empty=shared)
         if self.num_tasks is not None and len(parsed) != self.num_tasks:
             raise ValueError(f"losses: expected {self.num_tasks} tasks, found {len(parsed)}")
         self.remember(parsed.names)
         self._watch()
+        if shared:
+            self._meet(parsed)
+            device = parsed.device if parsed.present else self._device()
+            zero = parsed.present[0].detach().new_zeros(()) if parsed.present else torch.zeros((), device=device)
+            values = stack_scalars([zero if x is None else x for x in parsed.items])
+            return self.scalar(values, None, agree_on_losses(self.process_group, parsed.items, device))
         values = stack_scalars(parsed.present)
         if len(values) == len(parsed):
             return self.scalar(values, None)
         tasks = [t for t, x in enumerate(parsed.items) if x is not None]
         return self.scalar(values, tasks)
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _meet(self, losses: Losses) -> None:
+        """Make sure, once, that all ranks have the same tasks and weighting.
+
+        Raises:
+            RuntimeError: One has not; on every rank.
+        """
+        from fastmtl.exchange import describe, handshake
+
+        ranks = ranks_of(self.process_group)
+        if ranks is not None and not self._met:
+            device = losses.device if losses.present else self._device()
+            handshake(ranks, {"tasks": losses.names, "method": describe(self)}, [], device)
+            self._met = True
+
+    def _device(self) -> torch.device:
+        """Where losses would lie, for a rank that has none."""
+        state = next(itertools.chain(self.parameters(), self.buffers()), None)
+        return device_of(self.process_group) if state is None else state.device
 
     @property
     def weights(self) -> Tensor | None:
@@ -150,17 +191,20 @@ class WeightedSum(LossWeighting):
         """
         raise NotImplementedError
 
-    def scalar(self, losses: Tensor, tasks: Sequence[int] | None) -> Tensor:
+    def scalar(self, losses: Tensor, tasks: Sequence[int] | None, everywhere: Everywhere | None = None) -> Tensor:
         """See `LossWeighting.scalar`."""
         moving = self.training and torch.is_grad_enabled()
         with torch.no_grad():
-            values = losses.detach().double()
-            finite = values.isfinite().all()
+            values = losses.detach().double() if everywhere is None else everywhere[1]
+            there = None if everywhere is None else everywhere[0]
+            finite = (values.isfinite() if there is None else values.isfinite() | ~there).all()
             for name, buffer in self._buffers.items():
                 if buffer is not None and buffer.device != values.device:
                     self._buffers[name] = buffer.to(values.device)
             weights = self.weigh(values if tasks is None else spread(values, tasks, self.num_tasks), finite & moving)
             weights = torch.where(finite, weights, float("nan"))
+            if there is not None:
+                weights = torch.where(there, weights, 0.0)
             if tasks is not None:  # one by one: an index tensor would have to be sent to the device
                 weights = torch.stack([weights[t] for t in tasks])
             self.note(weights, tasks)

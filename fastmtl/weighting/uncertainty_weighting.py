@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from fastmtl.checks import choice, real, whole
-from fastmtl.weighting.base import LossWeighting
+from fastmtl.weighting.base import Everywhere, LossWeighting
 
 KINDS = ("regression", "classification")
 VARIANTS = ("kendall", "gal", "liebel", "article")
@@ -92,7 +92,7 @@ class UncertaintyWeighting(LossWeighting):
         factor = torch.tensor([0.5 if k == "regression" else 1.0 for k in kinds])
         self.register_buffer("factor", factor, persistent=False)
 
-    def scalar(self, losses: Tensor, tasks: Sequence[int] | None) -> Tensor:
+    def scalar(self, losses: Tensor, tasks: Sequence[int] | None, everywhere: Everywhere | None = None) -> Tensor:
         """See `LossWeighting.scalar`."""
         s: Tensor = self.s
         factor = self.factor
@@ -110,6 +110,8 @@ class UncertaintyWeighting(LossWeighting):
             weights, penalty = 0.5 / s**2, torch.log1p(s**2)
         else:
             weights, penalty = 0.5 * torch.exp(-2 * s), softplus(s)
+        if everywhere is not None:
+            weights, penalty = torch.where(everywhere[0], weights, 0.0), torch.where(everywhere[0], penalty, 0.0)
         self.note(weights, tasks)
         return (weights * losses + penalty).sum()
 
