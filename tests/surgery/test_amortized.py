@@ -183,11 +183,8 @@ def test_max_norm_between_updates() -> None:
             scaler = None if scale is None else torch.amp.GradScaler("cpu", init_scale=scale)
             for _ in range(2):  # the second is between updates
                 model.zero_grad()
-                losses = model.losses(inputs())
-                free = weighted_sum(task_gradients(losses, model.trunk.parameters()), torch.ones(3))
-                out = fastmtl.backward(losses, method, model.trunk, max_norm=bound, scaler=scaler)
+                fastmtl.backward(model.losses(inputs()), method, model.trunk, max_norm=bound, scaler=scaler)
                 norm = torch.cat([p.grad.flatten() for p in model.trunk.parameters()]).norm() / (scale or 1.0)
-                assert out.gramian is None or len(free) == 4
                 assert norm <= bound * (1 + 1e-6)
                 if bound < 1:
                     assert norm > bound * (1 - 1e-6)
