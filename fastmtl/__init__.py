@@ -11,6 +11,7 @@ from fastmtl.aggregate import aggregate
 from fastmtl.backward import backward
 from fastmtl.labels import labelled_losses
 from fastmtl.layer import FeatureSurgery
+from fastmtl.methods import from_name
 from fastmtl.result import Result
 from fastmtl.surgery import MGDA, PELTR, Amortized, GradientMethod, GradNorm, GradVac, PCGrad, Step
 from fastmtl.task_gradients import TaskGradients
@@ -41,6 +42,7 @@ __all__ = [
     "aggregate",
     "backward",
     "distributed",
+    "from_name",
     "labelled_losses",
     "ops",
     "reference",

@@ -1,4 +1,4 @@
-"""``python -m fastmtl info|demo``."""
+"""``python -m fastmtl info|methods|demo``."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import sys
 
 USAGE = """usage: python -m fastmtl COMMAND
 
-  info   versions, and the state of the compiled extension
-  demo   train 25 tasks on customer reviews, or 150 on groceries, with every method (--help for options)
+  info     versions, and the state of the compiled extension
+  methods  every method: what it answers, needs, keeps and costs (--markdown)
+  demo     train 25 tasks on customer reviews, or 150 on groceries, with every method (--help for options)
 """
 
 
@@ -54,6 +55,14 @@ def main(argv: list[str]) -> int:
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
     if command == "info":
         return info()
+    if command == "methods":
+        from fastmtl import methods
+
+        if rest not in ([], ["--markdown"]):
+            print(f"python -m fastmtl methods: unknown option {rest[0]!r}", file=sys.stderr)
+            return 2
+        print(methods.markdown() if rest else methods.text())
+        return 0
     if command == "demo":
         from fastmtl import demo
 

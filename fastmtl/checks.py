@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Mapping
 from numbers import Integral, Real
 from typing import Any
+
+from torch import Tensor
 
 
 def real(name: str, value: Any, low: float = -math.inf, high: float = math.inf, open: bool = False) -> float:
@@ -65,3 +68,53 @@ def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
     kind = ValueError if isinstance(value, str) else TypeError
     *others, last = map(repr, options)
     raise kind(f"{name}: expected {', '.join(others)} or {last}, found {value!r}")
+
+
+def reals(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float | tuple[float, ...]:
+    """A finite number for all tasks, or one per task, within bounds.
+
+    Args:
+        name: The option's.
+        value: What was passed for it: a number, a sequence or a 1-D tensor.
+        low: Smallest value.
+        high: Largest value.
+
+    Raises:
+        TypeError: Neither; bool is no number.
+        ValueError: None at all, not finite, or out of bounds; the text names the task.
+    """
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, str | Mapping) or not isinstance(value, Iterable | Real):
+        raise TypeError(f"{name}: expected a number, or one per task, found {value!r}")
+    if isinstance(value, Real):
+        return real(name, value, low, high)
+    each = tuple(real(f"{name} of task {t}", x, low, high) for t, x in enumerate(value))
+    if not each:
+        raise ValueError(f"{name}: expected a number, or one per task, found {value!r}")
+    return each
+
+
+def preferences(value: Any, open: bool = False) -> tuple[float, ...] | None:
+    """How much each task counts: one number per task, not negative and not all 0; None: all alike.
+
+    Args:
+        value: What was passed for ``preference``.
+        open: 0 is refused as well.
+
+    Raises:
+        TypeError: Not a sequence of numbers.
+        ValueError: Negative, not finite, all 0.
+    """
+    if value is None:
+        return None
+    if isinstance(value, Real):
+        raise TypeError(f"preference: expected one number per task, found {value!r}")
+    each = reals("preference", value, 0)
+    assert isinstance(each, tuple)
+    for t, x in enumerate(each):
+        if open and x == 0:
+            raise ValueError(f"preference of task {t}: expected a number above 0, found 0")
+    if not any(each):
+        raise ValueError(f"preference: expected a task that counts, found {each}")
+    return each

@@ -1,4 +1,4 @@
-"""Every method through every way in, in every number type; and README's table of it."""
+"""Every method through every way in, in every number type; and the table of it in docs/methods.md."""
 
 from __future__ import annotations
 
@@ -12,18 +12,13 @@ from torch import Tensor
 
 import fastmtl
 from fastmtl import GradientMethod, LossWeighting
+from fastmtl.methods import all_methods
 from tests.asserts import assert_untouched
 from tests.nets import Net, mlp
 
 T = 3
 DTYPES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # relative
-METHODS = sorted(
-    name
-    for name in fastmtl.__all__
-    if isinstance(getattr(fastmtl, name), type)
-    and issubclass(getattr(fastmtl, name), GradientMethod | LossWeighting)
-    and name not in ("Amortized", "GradientMethod", "LossWeighting", "WeightedSum")
-)
+METHODS = sorted(all_methods())
 # What a method cannot do without, and options by which a short run shows its effect.
 OPTIONS: dict[str, dict[str, Any]] = {
     "DWA": {"num_tasks": T, "window": 1},
@@ -181,7 +176,7 @@ class AtHand(Way):
         assert torch.equal(jacobian, before)
 
 
-# Per column of README's table the way in, and what helps where it is refused as it comes.
+# Per column of the table the way in, and what helps where it is refused as it comes.
 COLUMNS: dict[str, list[tuple[str, Callable[..., Way], dict[str, Any]]]] = {
     "`backward`": [("yes", ParameterLevel, {})],
     "`groups=`": [("yes", Groups, {}), ("`scale_heads=False`", Groups, {"scale_heads": False})],
@@ -236,9 +231,9 @@ def table() -> list[str]:
     return lines
 
 
-def test_readme_has_this_table() -> None:
-    readme = (Path(__file__).parent.parent / "README.md").read_text()
-    assert "\n".join(table()) in readme, "README.md should have:\n" + "\n".join(table())
+def test_docs_have_this_table() -> None:
+    docs = (Path(__file__).parent.parent / "docs" / "methods.md").read_text()
+    assert "\n".join(table()) in docs, "docs/methods.md should have:\n" + "\n".join(table())
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -4,15 +4,29 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TYPE_CHECKING, ClassVar, TypedDict
 
 import torch
 from torch import Tensor
 
 from fastmtl.checks import choice
+from fastmtl.facts import Facts
 from fastmtl.losses import LossesLike, parse_losses
 from fastmtl.state import Stateful, commit
+from fastmtl.surgery.normalization import APPLY_TO, NORMALIZATIONS, normalize, normalizers
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 RESCALES = ("none", "sum_to_num_tasks", "sum_to_one")
+
+
+class CommonOptions(TypedDict, total=False):
+    """The options of `GradientMethod`, which its subclasses hand on."""
+
+    rescale: str
+    normalization: str
+    apply_to: str
 
 
 @dataclass(frozen=True)
@@ -77,22 +91,58 @@ class GradientMethod(Stateful):
         rescale: What the weights sum to: ``"none"``: as the paper says; ``"sum_to_num_tasks"`` or ``"sum_to_one"``.
             PCGrad's weights sum to T or more, MGDA's to 1: changing the method changes the step size unless they are
             made to sum to the same.
+        normalization: What each gradient is divided by before solving: ``"none"``, ``"l2"``: its norm, ``"loss"``: its
+            loss, ``"loss+"``: both. By absolute values, and where one is 0, not by it.
+        apply_to: With a normalization, the weights then multiply the ``"raw"`` gradients, or the ``"normalized"`` ones:
+            the weights returned, which go with the raw gradients, are then divided by the normalisers.
+
+    Raises:
+        TypeError: An option of the wrong type.
+        ValueError: An unknown option, or ``apply_to="normalized"`` without a normalization.
 
     Attributes:
         needs_losses: `solve` reads ``step.losses``.
         scale_heads: The weights also multiply the gradients of the parameters that are not shared.
         single_group: The method knows only one group of parameters (K = 1).
         positional: The method tells tasks apart, by state or options, so their order must stay the same.
+        facts: The method in a few words.
     """
 
+    facts: ClassVar[Facts]
     needs_losses: bool = False
     scale_heads: bool = False
     single_group: bool = False
     positional: bool = False
 
-    def __init__(self, rescale: str = "none") -> None:
+    def __init__(self, rescale: str = "none", normalization: str = "none", apply_to: str = "raw") -> None:
         super().__init__()
         self.rescale = choice("rescale", rescale, RESCALES)
+        self.normalization = choice("normalization", normalization, NORMALIZATIONS)
+        self.apply_to = choice("apply_to", apply_to, APPLY_TO)
+        if apply_to == "normalized" and normalization == "none":
+            raise ValueError("apply_to: 'normalized' has no effect without a normalization, found 'none'")
+        if normalization in ("loss", "loss+"):
+            self.needs_losses = True
+        self._per_task: dict[str, Tensor] = {}
+
+    def per_task(self, option: str, gramian: Tensor) -> Tensor:
+        """An option that is a number, or one per task, as a tensor ``[T]`` beside the Gramian, sent there once.
+
+        Args:
+            option: The attribute's name; its value as `fastmtl.checks.reals` gives it, or None: 1 for each task.
+            gramian: ``[K, T, T]``.
+
+        Raises:
+            ValueError: The option has not T numbers.
+        """
+        value, num_tasks = getattr(self, option), gramian.shape[-1]
+        if isinstance(value, tuple) and len(value) != num_tasks:
+            raise ValueError(f"{option}: one for each of {len(value)} tasks, but this step has {num_tasks}")
+        kept = self._per_task.get(option)
+        if kept is None or kept.device != gramian.device or len(kept) != num_tasks:
+            each = value if isinstance(value, tuple) else (1.0 if value is None else value,) * num_tasks
+            kept = self._per_task[option] = torch.tensor(each, dtype=gramian.dtype, device=gramian.device)
+        return kept
 
     def solve(self, step: Step) -> Tensor:
         """The paper's weights, ``[K, T]`` float64: NaN where the step is not finite, 0 for absent tasks."""
@@ -107,13 +157,19 @@ class GradientMethod(Stateful):
         return None
 
     def weigh(self, step: Step) -> Tensor:
-        """`solve`, then ``rescale``; advances the state in training mode. No host synchronisation."""
+        """`solve`, within the common options; advances the state in training mode. No host synchronisation."""
         if self.single_group and step.gramian.shape[0] != 1:
             raise ValueError(
                 f"{type(self).__name__} knows only one group of parameters, found {step.gramian.shape[0]} groups"
             )
         with torch.no_grad():
-            weights = self.solve(step if self.training else replace(step, training=False))
+            step = step if self.training else replace(step, training=False)
+            if self.normalization == "none":
+                weights = self.solve(step)
+            else:
+                factors = normalizers(step, self.normalization)
+                weights = self.solve(replace(step, gramian=normalize(step.gramian, factors)))
+                weights = weights if self.apply_to == "raw" else weights * factors
             if self.rescale == "none":
                 return weights
             total = weights.sum(-1, keepdim=True)
@@ -178,9 +234,12 @@ class RandomOrderMethod(GradientMethod):
     rng: Tensor
 
     def __init__(
-        self, order: str | Tensor = "random", generator: torch.Generator | None = None, rescale: str = "none"
+        self,
+        order: str | Tensor = "random",
+        generator: torch.Generator | None = None,
+        **common: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(rescale)
+        super().__init__(**common)
         if isinstance(order, Tensor):
             if order.dim() not in (2, 3) or order.shape[-1] != order.shape[-2]:
                 raise ValueError(f"order: expected shape [T, T] or [K, T, T], found {list(order.shape)}")

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.checks import choice, real
+from fastmtl.facts import Facts
 from fastmtl.state import Epochs, commit
 from fastmtl.surgery.base import GradientMethod, Step
 
@@ -64,6 +65,9 @@ class GradNorm(Epochs, GradientMethod):
     needs_losses = True
     positional = True
     single_group = True
+    facts = Facts(
+        "magnitude, velocity", "Chen, ICML 2018", sums_to="T", needs="scales heads too", state="2 T; with Adam 5 T"
+    )
     weights: Tensor
     initial_losses: Tensor
     moments: Tensor

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.checks import real
-from fastmtl.surgery.base import RandomOrderMethod, Step
+from fastmtl.facts import Facts
+from fastmtl.surgery.base import CommonOptions, RandomOrderMethod, Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class GradVac(RandomOrderMethod):
@@ -28,7 +34,7 @@ class GradVac(RandomOrderMethod):
         ema_always: Move it on every pair; False: only where a correction was made (public variant). Paper: True.
         order: As for `PCGrad`.
         generator: As for `PCGrad`.
-        rescale: See `GradientMethod`.
+        common: See `GradientMethod`.
 
     Raises:
         TypeError, ValueError: An option of the wrong type, or out of range.
@@ -48,6 +54,7 @@ class GradVac(RandomOrderMethod):
     """
 
     positional = True
+    facts = Facts("direction", "Wang, ICLR 2021", sums_to="T or more", state="K T^2, seed, step", cost="T^3")
     targets: Tensor
 
     def __init__(
@@ -58,9 +65,9 @@ class GradVac(RandomOrderMethod):
         ema_always: bool = True,
         order: str | Tensor = "random",
         generator: torch.Generator | None = None,
-        rescale: str = "none",
+        **common: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(order, generator, rescale)
+        super().__init__(order, generator, **common)
         self.beta, self.init = real("beta", beta, 0, 1), real("init", init, -1, 1, open=True)
         self.ema_first, self.ema_always = ema_first, ema_always
         self.register_state("targets")

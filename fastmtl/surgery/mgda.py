@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.checks import choice
-from fastmtl.surgery.base import GradientMethod, Step
-from fastmtl.surgery.normalization import NORMALIZATIONS, normalize, normalizers
+from fastmtl.facts import Facts
+from fastmtl.surgery.base import CommonOptions, GradientMethod, Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 SOLVERS = ("exact", "frank_wolfe")
-APPLY_TO = ("raw", "normalized")
 
 
 class MGDA(GradientMethod):
@@ -26,20 +30,15 @@ class MGDA(GradientMethod):
         solver: ``"exact"``, or ``"frank_wolfe"``: the paper's Algorithm 2, which stops short of the optimum.
         max_iter: Frank-Wolfe: the largest number of steps. None: 250.
         tol: Frank-Wolfe: stops where a step has changed the weights by less than this, in sum. None: 1e-5.
-        normalization: What each gradient is divided by before solving: ``"none"``, ``"l2"``: its norm, ``"loss"``: its
-            loss, ``"loss+"``: both. By absolute values, and where one is 0, not by it.
-        apply_to: With a normalization, the weights then multiply the ``"raw"`` gradients (the paper's code), or the
-            ``"normalized"`` ones: the weights returned, which go with the raw gradients, are then divided by the
-            normalisers, and sum to 1 no more.
         scale_heads: Also multiply the heads' gradients, as the paper's code does. Must be False in `FeatureSurgery`.
         start: Frank-Wolfe: from ``"uniform"`` weights (paper), or from the best ``"pair"`` of tasks (its public code).
             None: ``"uniform"``.
-        rescale: See `GradientMethod`.
+        common: See `GradientMethod`. The paper's code has ``normalization`` "none", "l2", "loss" and "loss+", applied
+            to ``"raw"`` gradients; with ``apply_to="normalized"`` the weights sum to 1 no more.
 
     Raises:
         TypeError: An option of the wrong type.
-        ValueError: An option out of range, or one that has no effect: of Frank-Wolfe with the exact solver, or
-            ``apply_to="normalized"`` without a normalization.
+        ValueError: An option out of range, or one of Frank-Wolfe with the exact solver, where it has no effect.
 
     Note:
         Cost: exact, by an active set: about T pivots of T^2 operations; one launch on a GPU, no synchronisation. The
@@ -59,18 +58,18 @@ class MGDA(GradientMethod):
         tensor([0.6000, 0.4000], dtype=torch.float64)
     """
 
+    facts = Facts("direction", "Désidéri 2012; Sener, NeurIPS 2018", sums_to="1", cost="T^3")
+
     def __init__(
         self,
         solver: str = "exact",
         max_iter: int | None = None,
         tol: float | None = None,
-        normalization: str = "none",
-        apply_to: str = "raw",
         scale_heads: bool = False,
         start: str | None = None,
-        rescale: str = "none",
+        **common: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(rescale)
+        super().__init__(**common)
         self.solver = choice("solver", solver, SOLVERS)
         for name, value in (("max_iter", max_iter), ("tol", tol), ("start", start)):
             if value is not None and solver == "exact":
@@ -79,22 +78,10 @@ class MGDA(GradientMethod):
         self.tol = 1e-5 if tol is None else tol
         self.start = "uniform" if start is None else start
         ops.check_frank_wolfe(self.max_iter, self.tol, self.start)
-        self.normalization = choice("normalization", normalization, NORMALIZATIONS)
-        self.apply_to = choice("apply_to", apply_to, APPLY_TO)
-        if apply_to == "normalized" and normalization == "none":
-            raise ValueError("apply_to: 'normalized' has no effect without a normalization, found 'none'")
         self.scale_heads = scale_heads
-        self.needs_losses = normalization in ("loss", "loss+")
 
     def solve(self, step: Step) -> Tensor:
         """See `GradientMethod.solve`."""
-        if self.normalization == "none":
-            return self._solve(step.gramian, step)
-        factors = normalizers(step, self.normalization)
-        weights = self._solve(normalize(step.gramian, factors), step)
-        return weights if self.apply_to == "raw" else weights * factors
-
-    def _solve(self, gramian: Tensor, step: Step) -> Tensor:
         if self.solver == "exact":
-            return ops.min_norm(gramian, step.mask)[0]
-        return ops.frank_wolfe(gramian, step.mask, self.max_iter, self.tol, self.start)[0]
+            return ops.min_norm(step.gramian, step.mask)[0]
+        return ops.frank_wolfe(step.gramian, step.mask, self.max_iter, self.tol, self.start)[0]

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
-from fastmtl.surgery.base import Step
+if TYPE_CHECKING:
+    from fastmtl.surgery.base import Step
 
 NORMALIZATIONS = ("none", "l2", "loss", "loss+")
+APPLY_TO = ("raw", "normalized")
 
 
 def normalizers(step: Step, normalization: str) -> Tensor:

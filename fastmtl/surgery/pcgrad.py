@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
 from fastmtl import ops
 from fastmtl.checks import choice
-from fastmtl.surgery.base import RandomOrderMethod, Step
+from fastmtl.facts import Facts
+from fastmtl.surgery.base import CommonOptions, RandomOrderMethod, Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class PCGrad(RandomOrderMethod):
@@ -25,7 +31,7 @@ class PCGrad(RandomOrderMethod):
         order: ``"random"`` (paper), ``"shared"`` (one random order for all tasks), ``"fixed"`` (0, 1, ...), or an
             int64 tensor ``[T, T]`` or ``[K, T, T]`` of permutations.
         generator: Where the seed comes from, at construction only; None: torch's default generator.
-        rescale: See `GradientMethod`.
+        common: See `GradientMethod`.
 
     Raises:
         TypeError, ValueError: An option of the wrong type, or an unknown one.
@@ -44,15 +50,17 @@ class PCGrad(RandomOrderMethod):
         tensor([0.5848, 3.8012, 3.8012])
     """
 
+    facts = Facts("direction", "Yu, NeurIPS 2020", sums_to="T or more", state="seed, step", cost="T^3")
+
     def __init__(
         self,
         reduction: str = "sum",
         include_self: bool = False,
         order: str | Tensor = "random",
         generator: torch.Generator | None = None,
-        rescale: str = "none",
+        **common: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(order, generator, rescale)
+        super().__init__(order, generator, **common)
         self.reduction = choice("reduction", reduction, ("sum", "mean"))
         self.include_self = include_self
 

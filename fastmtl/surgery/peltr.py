@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
-from numbers import Real
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.checks import choice, real
-from fastmtl.surgery.base import GradientMethod, Step
+from fastmtl.checks import choice, reals
+from fastmtl.facts import Facts
+from fastmtl.surgery.base import CommonOptions, GradientMethod, Step
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 _NOISE = 1e-6  # of cosines whose products were taken in float32, relative to the largest eigenvalue
 
@@ -28,7 +32,7 @@ class PELTR(GradientMethod):
         solver: ``"exact"``, or ``"relaxed"`` (paper): the problem solved without ``w >= c``, and the solution projected
             onto it. Both agree for two tasks; for more, relaxed is not the optimum.
         scale_heads: Also multiply the heads' gradients, as the paper does. Must be False in `FeatureSurgery`.
-        rescale: See `GradientMethod`.
+        common: See `GradientMethod`.
 
     Raises:
         TypeError: An option of the wrong type.
@@ -57,52 +61,31 @@ class PELTR(GradientMethod):
         tensor([0.7000, 0.3000], dtype=torch.float64)
     """
 
+    facts = Facts("direction", "Lin, RecSys 2019", sums_to="1", needs="least weights; scales heads too", cost="T^3")
+
     def __init__(
         self,
         lower_bounds: float | Sequence[float] = 0.0,
         solver: str = "exact",
         scale_heads: bool = True,
-        rescale: str = "none",
+        **common: Unpack[CommonOptions],
     ) -> None:
-        super().__init__(rescale)
-        self.lower_bounds = _checked(lower_bounds)
+        super().__init__(**common)
+        self.lower_bounds = reals("lower_bounds", lower_bounds, 0, 1)
+        if isinstance(self.lower_bounds, tuple):
+            _check_sum(self.lower_bounds)
         self.solver = choice("solver", solver, ("exact", "relaxed"))
         self.scale_heads = scale_heads
         self.positional = not isinstance(self.lower_bounds, float)
-        self._bounds: Tensor | None = None  # lower_bounds on the device of the last step
 
     def solve(self, step: Step) -> Tensor:
         """See `GradientMethod.solve`."""
-        bounds = self._on_device(step.gramian)
+        if isinstance(self.lower_bounds, float):
+            _check_sum([self.lower_bounds] * step.gramian.shape[-1])
+        bounds = self.per_task("lower_bounds", step.gramian)
         if self.solver == "exact":
             return ops.min_norm(step.gramian, step.mask, None if self.lower_bounds == 0 else bounds)[0]
         return _relaxed(step.gramian, step.present, bounds)
-
-    def _on_device(self, gramian: Tensor) -> Tensor:
-        num_tasks = gramian.shape[-1]
-        if self._bounds is None or self._bounds.device != gramian.device or len(self._bounds) != num_tasks:
-            if isinstance(self.lower_bounds, float):
-                _check_sum([self.lower_bounds] * num_tasks)
-                self._bounds = torch.full((num_tasks,), self.lower_bounds, dtype=gramian.dtype, device=gramian.device)
-            elif len(self.lower_bounds) != num_tasks:
-                raise ValueError(f"lower_bounds: {len(self.lower_bounds)} bounds, but this step has {num_tasks} tasks")
-            else:
-                self._bounds = torch.tensor(self.lower_bounds, dtype=gramian.dtype, device=gramian.device)
-        return self._bounds
-
-
-def _checked(bounds: float | Sequence[float] | Tensor) -> float | tuple[float, ...]:
-    if isinstance(bounds, Tensor):
-        bounds = bounds.tolist()
-    if isinstance(bounds, str) or not isinstance(bounds, Iterable | Real):
-        raise TypeError(f"lower_bounds: expected a number, or one per task, found {bounds!r}")
-    if isinstance(bounds, Real):
-        return real("lower_bounds", bounds, 0, 1)
-    each = tuple(real(f"lower_bounds of task {t}", c, 0, 1) for t, c in enumerate(bounds))
-    if not each:
-        raise ValueError(f"lower_bounds: expected a number, or one per task, found {bounds!r}")
-    _check_sum(each)
-    return each
 
 
 def _check_sum(bounds: Sequence[float]) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Sequence
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from fastmtl.checks import whole
 from fastmtl.distributed import Group, agree_on_losses, device_of, ranks_of, several
+from fastmtl.facts import Facts
 from fastmtl.losses import Losses, LossesLike, parse_losses, spread, stack_scalars
 from fastmtl.state import Stateful
 
@@ -37,8 +39,10 @@ class LossWeighting(Stateful):
     Attributes:
         num_tasks: T where the weighting is made for one number of tasks; None: any.
         process_group: The ranks that share a batch, see `fastmtl.distributed.Group`; None: each weighs its own losses.
+        facts: The weighting in a few words.
     """
 
+    facts: ClassVar[Facts]
     num_tasks: int | None = None
     process_group: Group = "auto"
 

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.checks import choice, real, whole
+from fastmtl.facts import Facts
 from fastmtl.state import Epochs, commit
 from fastmtl.weighting.base import WeightedSum
 
@@ -56,6 +57,7 @@ class DWA(Epochs, WeightedSum):
         tensor([0.8943, 1.0923, 1.0134])
     """
 
+    facts = Facts("velocity", "Liu, CVPR 2019", sums_to="T", needs="the epochs' ends", state="4 T")
     means: Tensor
     sums: Tensor
     counts: Tensor

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.checks import choice, real, whole
+from fastmtl.facts import Facts
 from fastmtl.weighting.lbtw import LBTW
 
 
@@ -56,6 +57,8 @@ class HTW(LBTW):
         tensor([0.0500, 1.0000])
         tensor([1., 1.])
     """
+
+    facts = Facts("velocity", "Kongyoung, 2020", needs="the main task, the number of steps", state="T")
 
     def __init__(
         self,

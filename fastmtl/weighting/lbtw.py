@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastmtl.checks import choice, real
+from fastmtl.facts import Facts
 from fastmtl.state import Epochs, commit
 from fastmtl.weighting.base import WeightedSum
 
@@ -52,6 +53,7 @@ class LBTW(Epochs, WeightedSum):
         tensor(3.)
     """
 
+    facts = Facts("velocity", "Liu, AAAI 2019", sums_to="T at first, less as losses fall", state="T")
     initial_losses: Tensor
 
     def __init__(

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from fastmtl.checks import choice, real, whole
+from fastmtl.facts import Facts
 from fastmtl.weighting.base import Everywhere, LossWeighting
 
 KINDS = ("regression", "classification")
@@ -62,6 +63,7 @@ class UncertaintyWeighting(LossWeighting):
         tensor(4., grad_fn=<SumBackward0>)
     """
 
+    facts = Facts("magnitude", "Kendall, CVPR 2018", needs="its parameters in the optimizer", state="T, learned")
     factor: Tensor
 
     def __init__(

@@ -288,7 +288,7 @@ def test_wrong_bounds(bounds: float, message: str) -> None:
 def test_bounds_that_do_not_fit_the_tasks() -> None:
     m = torch.eye(3)
     for method, message in (
-        (PELTR((0.1, 0.2)), "lower_bounds: 2 bounds, but this step has 3 tasks"),
+        (PELTR((0.1, 0.2)), "lower_bounds: one for each of 2 tasks, but this step has 3"),
         (PELTR(0.4), r"expected a sum of at most 1, found 1.2 for 3 tasks"),
     ):
         for _ in range(2):
