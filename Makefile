@@ -43,7 +43,7 @@ test: $(VENV)/test ## all tests that need no GPU
 
 test-dist: $(VENV)/test ## the tests of many processes in full, and their example
 	FASTMTL_REQUIRE_EXT=1 $(BIN)/python -m pytest -m "not slow or slow" tests/test_distributed*.py $(ARGS)
-	$(BIN)/python -m torch.distributed.run --nproc-per-node 2 examples/distributed.py
+	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 examples/distributed.py
 
 lint: $(VENV)/lint ## style, docstrings, types
 	$(BIN)/ruff check .
