@@ -12,6 +12,7 @@ from torch import Tensor
 from fastmtl.checks import choice
 from fastmtl.facts import Facts
 from fastmtl.losses import LossesLike, parse_losses
+from fastmtl.random import new_rng
 from fastmtl.state import Stateful, commit
 from fastmtl.surgery.normalization import APPLY_TO, NORMALIZATIONS, normalize, normalizers
 
@@ -249,12 +250,8 @@ class RandomOrderMethod(GradientMethod):
             order = order.long().contiguous()
         else:
             choice("order", order, ("random", "fixed", "shared"))
-        if generator is not None and not isinstance(generator, torch.Generator):
-            raise TypeError(f"generator: expected a torch.Generator, found {generator!r}")
         self.order = order
-        device = "cpu" if generator is None else generator.device
-        seed = torch.randint(2**62, (), generator=generator, dtype=torch.int64, device=device)
-        self.register_buffer("rng", torch.stack([seed.cpu(), torch.zeros_like(seed, device="cpu")]))
+        self.register_buffer("rng", new_rng(generator))
 
     def draw(self, step: Step) -> tuple[Tensor | str, Tensor]:
         """This step's ``order`` and ``rng`` for the solver."""
