@@ -6,6 +6,7 @@ Each rank has a slice of one batch, and local losses whose average over the rank
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -36,14 +37,15 @@ class Ranks:
         dist.all_reduce(x, group=self.group)
         return x
 
+    @torch.no_grad()
     def align(self, module: torch.nn.Module, device: torch.device) -> None:
-        """Give all ranks the first one's buffers, by way of the device: seeds, above all."""
+        """Give all ranks the first one's buffers and whole parameters, by way of the device: seeds, above all."""
         first = dist.get_global_rank(self.group, 0)
-        for buffer in module.buffers():
-            if buffer.numel() > 0:
-                value = buffer.to(device)
+        for state in itertools.chain(module.buffers(), module.parameters()):
+            if state.numel() > 0 and not hasattr(state, "full_tensor"):  # which is sharded, not copied
+                value = state.detach().to(device, copy=True)
                 dist.broadcast(value, first, group=self.group)
-                buffer.copy_(value)
+                state.copy_(value)
 
     def agree(
         self, present: Tensor, losses: Tensor | None, gramian: Tensor | None = None

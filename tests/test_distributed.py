@@ -262,6 +262,36 @@ def hsdp(model: Any) -> nn.Module:
     return model
 
 
+def train_scaled(wrap: str | None, method: str) -> tuple[dict[str, Tensor], list[float]]:
+    """With a loss scale; a label on the last rank overflows in some steps. Also the scales."""
+    scaler = torch.amp.GradScaler("cpu", growth_interval=4)
+    model, optimizer = make(method, torch.float64, WRAPS[wrap] if wrap else None, scaler=scaler)
+    scales = []
+    for i, (x, y) in enumerate(whole_batches(torch.float64)):
+        y[-1, 1] *= 1e200 if i % 5 == 2 else 1.0
+        part = own_slice(unequal=False)
+        scaler.scale(model(x[part], y[part], "means")).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        scales.append(scaler.get_scale())
+    return state_of(model), scales
+
+
+@cases(lambda wrap, method, size: method in FEW and size == 2, wrap=WRAPS, method=METHODS, size=(2, 4))
+def test_overflow_on_one_rank(ranks: Ranks, size: int, wrap: str, method: str) -> None:
+    found = ranks.run(size, train_scaled, wrap, method)
+    expected, scales = train_scaled(None, method)
+    assert [b < a for a, b in itertools.pairwise(scales)] == [i % 5 == 2 for i in range(1, STEPS)]
+    assert all(each == scales for _, each in found)
+    assert_one_process([state for state, _ in found], expected, 1e-9)
+
+
+@cases(lambda wrap, method: method in FEW, wrap=WRAPS, method=METHODS)
+def test_a_single_rank_is_no_ranks(ranks: Ranks, wrap: str, method: str) -> None:
+    assert_one_process(ranks.run(1, train, wrap, method), train(None, method), 0.0)
+
+
 def train_hsdp(method: str) -> dict[str, Tensor]:
     return steps(*make(method, torch.float64, hsdp))
 
@@ -321,16 +351,16 @@ def test_accumulation_without_synchronisation(ranks: Ranks, wrap: str, method: s
     assert_one_process(found, train(None, method, accumulate=2), 1e-9)
 
 
-def train_compiled(method: str) -> dict[str, Tensor]:
+def train_compiled(wrap: str, method: str) -> dict[str, Tensor]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch.compile
-        model, optimizer = make(method, torch.float64, ddp)
+        model, optimizer = make(method, torch.float64, WRAPS[wrap])
         return steps(torch.compile(model, backend="aot_eager"), optimizer)
 
 
-@cases(lambda method: method != "PCGrad", method=["PCGrad", "GradNorm", "DWA"])
-def test_compiled(ranks: Ranks, method: str) -> None:
-    found = ranks.run(2, train_compiled, method)
+@cases(lambda wrap, method: method == "GradNorm", wrap=WRAPS, method=["PCGrad", "GradNorm", "DWA"])
+def test_compiled(ranks: Ranks, wrap: str, method: str) -> None:
+    found = ranks.run(2, train_compiled, wrap, method)
     assert_one_process(found, train(None, method), 1e-9)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -97,7 +98,11 @@ def train(
     net = make(dtype, trunk)
     torch.manual_seed(rank)  # methods draw their seeds: the first rank's is to be used
     method = METHODS[name]()
+    for p in method.parameters():  # likewise
+        p.data += rank
     optimizer = torch.optim.SGD([*net.parameters(), *method.parameters()], lr=0.02)
+    scaler = torch.amp.GradScaler("cpu", growth_interval=4) if options.pop("scaled", False) else None
+    scales = []
     model: nn.Module = Outputs(net)
     if size > 1 and options.get("filler") != "backward":
         # what a step here leaves unused is no matter; ordinary steps use all
@@ -110,7 +115,7 @@ def train(
         if way == "mixed" and step % 4 == 1:
             torch.stack(losses_of(model, step, labels, dtype)).sum().backward()
         elif way == "task_gradients":
-            rows = fastmtl.TaskGradients(net.trunk, 3, heads=net.heads)
+            rows = fastmtl.TaskGradients(net.trunk, 3, heads=net.heads, scaler=scaler)
             for t in range(3):
                 with model.no_sync() if size > 1 else nullcontext():
                     loss = losses_of(model, step, labels, dtype)[t]
@@ -120,9 +125,14 @@ def train(
         else:
             losses = losses_of(model, step, labels, dtype)
             shared = None if way == "discover" else net.trunk
-            weights.append(fastmtl.backward(losses, method, shared, model=model, **options).weights)
-        optimizer.step()
-    return state(net, method), weights
+            weights.append(fastmtl.backward(losses, method, shared, model=model, scaler=scaler, **options).weights)
+        if scaler is None:
+            optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
+            scales.append(torch.tensor(scaler.get_scale()))
+    return [*state(net, method), *scales], weights
 
 
 @pytest.fixture(scope="module")
@@ -198,6 +208,23 @@ def test_tasks_absent_on_some_ranks_and_a_rank_without_any(ranks: Ranks, method:
 )
 def test_options(ranks: Ranks, method: str, options: dict[str, Any]) -> None:
     compare(ranks, 4 if options.get("labels") == "absent" else 2, 1e-9, method, **options)
+
+
+@pytest.mark.parametrize(
+    ("method", "way"),
+    [*((method, "backward") for method in SIX), ("GradNorm", "task_gradients"), ("DWA", "task_gradients")],
+)
+def test_overflow_on_one_rank(ranks: Ranks, method: str, way: str) -> None:
+    options: dict[str, Any] = {"labels": "overflow", "scaled": True, "way": way, "steps": 20}
+    compare(ranks, 2, 1e-9, method, **options)
+    scales = train(method, **options)[0][-20:]
+    skipped = [b < a for a, b in itertools.pairwise(scales)]
+    assert skipped == [step % 5 == 2 for step in range(1, 20)]
+
+
+@pytest.mark.parametrize("method", SIX)
+def test_a_single_rank_is_no_ranks(ranks: Ranks, method: str) -> None:
+    compare(ranks, 1, 0.0, method)
 
 
 def test_narrow_rows(ranks: Ranks) -> None:
@@ -294,6 +321,11 @@ def raised(what: str) -> tuple[str, str, float, bool]:
     if what == "static":
         model = DistributedDataParallel(model, static_graph=True)
         losses = losses_of(model, 0, "all", torch.float64)
+    if what == "static, model":
+        options["model"] = DistributedDataParallel(model, static_graph=True)
+    if what == "filler":
+        options |= {"model": DistributedDataParallel(model), "filler": "backward"}
+        losses = losses_of(options["model"], 0, "all", torch.float64)
     if what == "sparse":
         net = Net(nn.Sequential(nn.Embedding(4, 6, sparse=True)), 6, 3).double()
         one = nn.Parameter(torch.ones((), dtype=torch.float64))
@@ -304,7 +336,12 @@ def raised(what: str) -> tuple[str, str, float, bool]:
     before = [x.clone() for x in method.buffers()]
     start = time.monotonic()
     try:
-        if what == "call" and last:
+        if what == "static, TaskGradients":
+            model = DistributedDataParallel(model, static_graph=True)
+            rows = fastmtl.TaskGradients(net.trunk, 3)
+            rows.backward(0, sum(losses_of(model, 0, "all", torch.float64)))  # a second pass is refused by torch
+            rows.combine(fastmtl.PCGrad())
+        elif what == "call" and last:
             for t in range(3):
                 rows.backward(t, losses[t], retain_graph=True)
             rows.combine(fastmtl.PCGrad())
@@ -332,6 +369,9 @@ def raised(what: str) -> tuple[str, str, float, bool]:
         ("none", "ValueError", ["all absent"]),
         ("infinite", "FloatingPointError", ["task 1"]),
         ("static", "ValueError", ["static_graph=True"]),
+        ("static, model", "ValueError", ["static_graph=True"]),
+        ("static, TaskGradients", "ValueError", ["static_graph=True"]),
+        ("filler", "ValueError", ["filler='backward'", "pass model.module"]),
         ("sparse", "TypeError", ["sparse", "[4, 6]"]),
     ],
 )
