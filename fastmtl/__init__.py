@@ -13,7 +13,21 @@ from fastmtl.labels import labelled_losses
 from fastmtl.layer import FeatureSurgery
 from fastmtl.methods import from_name
 from fastmtl.result import Result
-from fastmtl.surgery import MGDA, PELTR, Amortized, GradientMethod, GradNorm, GradVac, PCGrad, Step
+from fastmtl.surgery import (
+    MGDA,
+    PELTR,
+    Amortized,
+    Constant,
+    GradientMethod,
+    GradNorm,
+    GradVac,
+    Krum,
+    Mean,
+    PCGrad,
+    RandomGradWeights,
+    Step,
+    Sum,
+)
 from fastmtl.task_gradients import TaskGradients
 from fastmtl.weighting import DWA, HTW, LBTW, LossWeighting, UncertaintyWeighting
 
@@ -29,14 +43,19 @@ __all__ = [
     "MGDA",
     "PELTR",
     "Amortized",
+    "Constant",
     "FeatureSurgery",
     "GradNorm",
     "GradVac",
     "GradientMethod",
+    "Krum",
     "LossWeighting",
+    "Mean",
     "PCGrad",
+    "RandomGradWeights",
     "Result",
     "Step",
+    "Sum",
     "TaskGradients",
     "UncertaintyWeighting",
     "aggregate",

@@ -35,6 +35,7 @@ from fastmtl.result import Result
 from fastmtl.rows import Rows, ThroughBackward, ThroughGrad, constant_mask
 from fastmtl.surgery.amortized import Amortized
 from fastmtl.surgery.base import GradientMethod
+from fastmtl.surgery.constant import Sum
 from fastmtl.weighting.base import LossWeighting
 
 FILLERS = ("auto", "grad", "backward")
@@ -112,9 +113,10 @@ def backward(
         RuntimeError: Ranks have other tasks, parameters, methods or options; on every rank.
 
     Note:
-        Cost: T backward passes through the shared part (one, if ``method`` is a loss weighting), then two reads of the
-        T x P per-task gradients and one write of P; T x P memory. No host synchronisation with the default policy. Of
-        parameters with sparse gradients only the rows that are touched count, which synchronises; see `fastmtl.sparse`.
+        Cost: T backward passes through the shared part (one, if ``method`` is a loss weighting, or looks at no
+        gradients, as `Sum` does), then two reads of the T x P per-task gradients and one write of P; T x P memory. No
+        host synchronisation with the default policy. Of parameters with sparse gradients only the rows that are touched
+        count, which synchronises; see `fastmtl.sparse`.
 
         With W ranks each task's gradients are reduce-scattered while the next one's are computed, and the combination
         all-gathered: ``(T + 1) P`` numbers moved, ``T P / W + 2 P`` memory, four host synchronisations. The model may
@@ -217,10 +219,12 @@ def backward(
         lean = [*few.values()]
         if known is None and not method.scale_heads:
             raise ValueError("gramian_params: pass shared_params= too; it is not known yet which parameters are heads")
-    several = len(passes.present) > 1 or lean is not None or isinstance(method, Amortized)
+    may_hold = known is not None and not grouped and nonfinite == "propagate" and not (hidden and model is None)
+    once = may_hold and _is_plain_sum(method)
+    several = not once and (len(passes.present) > 1 or lean is not None or isinstance(method, Amortized))
     if several and not passes.prove([*candidates.values(), *heads]) and nonfinite == "drop_task":
         raise RuntimeError("compiled trunk: no finite gradient yet to prove that its backward pass can be repeated")
-    if known is not None and not grouped:
+    if may_hold:
         with restored_on_error(method):
             there = [x is not None for x in parsed.items] if exchange is None else exchange.present
             held = method.ready(constant_mask([there], next(iter(candidates.values())).device))
@@ -343,7 +347,7 @@ def _one_pass(
     exchange: Exchange | None = None,
 ) -> None:
     """One pass with known ``weights [1, T]``; before it a short one where heads stay unweighted."""
-    if not heads or method.scale_heads:
+    if not heads or method.scale_heads or _is_plain_sum(method):
         grads, plain = passes.weighted([*shared, *heads], weights[0]), []
     else:
         plain = passes.weighted(heads, None, then_more=True, aside=shared)
@@ -357,6 +361,11 @@ def _one_pass(
         square = unscaled(ops.gram(rows), passes.scale)
         factor = clip(torch.ones_like(square[0]), square, max_norm)
     accumulate((shared, rows, factor), (heads, rest, None))
+
+
+def _is_plain_sum(method: GradientMethod) -> bool:
+    """Whether shared parameters are to have what heads have, so that one pass does for both."""
+    return isinstance(method, Sum) and method.rescale == "none" and method.apply_to == "raw"
 
 
 def _refuse_unreached(rows: Rows, argument: str) -> None:

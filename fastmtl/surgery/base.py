@@ -171,11 +171,15 @@ class GradientMethod(Stateful):
                 factors = normalizers(step, self.normalization)
                 weights = self.solve(replace(step, gramian=normalize(step.gramian, factors)))
                 weights = weights if self.apply_to == "raw" else weights * factors
-            if self.rescale == "none":
-                return weights
-            total = weights.sum(-1, keepdim=True)
-            goal = step.present.sum(-1, keepdim=True) if self.rescale == "sum_to_num_tasks" else 1.0
-            return torch.where(total == 0, weights, weights * (goal / total))
+            return weights if self.rescale == "none" else self.rescaled(weights, step.present)
+
+    def rescaled(self, weights: Tensor, present: Tensor) -> Tensor:
+        """Weights ``[K, T]`` that sum to what ``rescale`` says, as far as they do not sum to 0."""
+        if self.rescale == "none":
+            return weights
+        total = weights.sum(-1, keepdim=True)
+        goal = present.sum(-1, keepdim=True) if self.rescale == "sum_to_num_tasks" else 1.0
+        return torch.where(total == 0, weights, weights * (goal / total))
 
     def forward(self, gramian: Tensor, losses: LossesLike | None = None, mask: Tensor | None = None) -> Tensor:
         """Weights for a ready Gramian; advances the method's state in training mode.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastmtl
-from fastmtl import MGDA, PELTR, GradNorm, GradVac, PCGrad
+from fastmtl import MGDA, PELTR, Constant, GradNorm, GradVac, Krum, Mean, PCGrad, Sum
 
 JACOBIAN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
 
@@ -28,6 +28,9 @@ def tensor(*values: float) -> Tensor:
         (PCGrad(), (2.2222, 1.5789), (0.5848, 3.8012, 3.8012)),
         (GradVac(), (2.2222, 1.5789), (0.5848, 3.8012, 3.8012)),
         (PCGrad(reduction="mean"), (1.1111, 0.7895), (0.2924, 1.9006, 1.9006)),
+        (Sum(), (1, 1), (2, 2, 2)),
+        (Mean(), (0.5, 0.5), (1, 1, 1)),
+        (Constant([3, 2]), (3, 2), (0, 5, 5)),
         (PCGrad(rescale="sum_to_one"), (0.5846, 0.4154), (0.1538, 1.0, 1.0)),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, torch.nn.Module) else "",
@@ -75,6 +78,21 @@ def test_mgda_normalized(normalization: str, apply_to: str, weights: tuple) -> N
     method = MGDA(normalization=normalization, apply_to=apply_to)
     found = method(torch.diag(tensor(1, 4)), losses=tensor(0.5, 0.25))
     torch.testing.assert_close(found, tensor(*weights))
+
+
+@pytest.mark.parametrize(
+    ("method", "weights"),
+    [
+        (Krum(1), (0, 1, 0, 0, 0)),  # scores 1.25, 0.5, 1.25, 21.25, 117
+        (Krum(1, 2), (0.5, 0.5, 0, 0, 0)),
+        (Krum(0), (0, 0, 1, 0, 0)),  # scores 17.25, 12.75, 10.25, 37.25, 207.25 over three others
+        (Krum(1, distance="euclidean"), (0, 1, 0, 0, 0)),
+    ],
+)
+def test_krum_on_a_line(method: fastmtl.GradientMethod, weights: tuple) -> None:
+    """Gradients 0, 0.5, 1, 4, 10 along one direction."""
+    line = tensor(0, 0.5, 1, 4, 10)
+    assert method(torch.outer(line, line)).tolist() == list(weights)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
