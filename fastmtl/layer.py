@@ -264,6 +264,11 @@ class FeatureSurgery(nn.Module):
             raise ValueError(f"nonfinite: a layer knows 'propagate' and 'drop_task', found {nonfinite!r}")
         if nonfinite == "drop_task" and scaler is not None:
             raise ValueError("nonfinite='drop_task' would hide overflows from the scaler")
+        if not isinstance(method, LossWeighting) and method.several_batches:
+            raise ValueError(
+                f"{type(method).__name__}: needs the gradients of several batches, whose features have no products; "
+                "use fastmtl.backward or TaskGradients"
+            )
         if not isinstance(method, LossWeighting) and method.scale_heads:
             raise ValueError(
                 f"{type(method).__name__}: a layer cannot scale the heads; construct it with scale_heads=False"

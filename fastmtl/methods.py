@@ -63,6 +63,8 @@ def ways_in(method: type[Method]) -> str:
     if issubclass(method, LossWeighting):
         return "losses, all"
     assert issubclass(method, GradientMethod)
+    if method.several_batches:
+        return "all but FeatureSurgery"
     return "all but groups=" if method.single_group else "all"
 
 

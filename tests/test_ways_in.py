@@ -29,6 +29,8 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "PELTR": {"lower_bounds": [0.1, 0.2, 0.3]},
     "Constant": {"weights": [0.5, 2.0, -1.0]},
     "Krum": {"num_byzantine": 0},
+    "MoDo": {"num_tasks": 1},  # on three batches
+    "SDMGrad": {"num_tasks": 1},
 }
 Method = GradientMethod | LossWeighting
 

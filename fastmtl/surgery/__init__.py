@@ -7,9 +7,11 @@ from fastmtl.surgery.gradnorm import GradNorm
 from fastmtl.surgery.gradvac import GradVac
 from fastmtl.surgery.krum import Krum
 from fastmtl.surgery.mgda import MGDA
+from fastmtl.surgery.modo import MoDo
 from fastmtl.surgery.pcgrad import PCGrad
 from fastmtl.surgery.peltr import PELTR
 from fastmtl.surgery.random_grad_weights import RandomGradWeights
+from fastmtl.surgery.sdmgrad import SDMGrad
 
 __all__ = [
     "MGDA",
@@ -21,8 +23,10 @@ __all__ = [
     "GradientMethod",
     "Krum",
     "Mean",
+    "MoDo",
     "PCGrad",
     "RandomGradWeights",
+    "SDMGrad",
     "Step",
     "Sum",
 ]

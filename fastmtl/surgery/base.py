@@ -106,6 +106,7 @@ class GradientMethod(Stateful):
         scale_heads: The weights also multiply the gradients of the parameters that are not shared.
         single_group: The method knows only one group of parameters (K = 1).
         positional: The method tells tasks apart, by state or options, so their order must stay the same.
+        several_batches: The losses of a step are those of the tasks on several batches, so features have no products.
         facts: The method in a few words.
     """
 
@@ -114,6 +115,7 @@ class GradientMethod(Stateful):
     scale_heads: bool = False
     single_group: bool = False
     positional: bool = False
+    several_batches: bool = False
 
     def __init__(self, rescale: str = "none", normalization: str = "none", apply_to: str = "raw") -> None:
         super().__init__()

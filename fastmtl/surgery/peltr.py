@@ -13,6 +13,7 @@ from fastmtl import ops
 from fastmtl.checks import choice, reals
 from fastmtl.facts import Facts
 from fastmtl.surgery.base import CommonOptions, GradientMethod, Step
+from fastmtl.surgery.simplex import project_onto_simplex
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -118,21 +119,5 @@ def _relaxed(gramian: Tensor, present: Tensor, bounds: Tensor) -> Tensor:
     right = torch.cat([-(cosines @ (norms * c).unsqueeze(-1)).squeeze(-1), left], -1)
     inverse = torch.linalg.pinv(system, rtol=_NOISE, hermitian=True)
     x = ones * (inverse @ right.unsqueeze(-1)).squeeze(-1)[:, :-1]
-    weights = torch.where(present, c + _project_onto_simplex(x, present, left), 0.0)
+    weights = torch.where(present, c + project_onto_simplex(x, present, left), 0.0)
     return torch.where(finite, weights, float("nan"))
-
-
-def _project_onto_simplex(x: Tensor, present: Tensor, total: Tensor) -> Tensor:
-    """The nearest point with ``x >= 0, sum x = total`` over the present tasks.
-
-    Reference:
-        Duchi, Shalev-Shwartz, Singer, Chandra, "Efficient Projections onto the l1-Ball for Learning in High
-        Dimensions", ICML 2008, Figure 1.
-    """
-    last = torch.where(present, x, float("inf")).amin(-1, keepdim=True)
-    far = torch.where(last.isinf(), 0.0, last) - total - 1  # too small to have a share
-    descending = torch.where(present, x, far).sort(-1, descending=True).values
-    count = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
-    thresholds = (descending.cumsum(-1) - total) / count
-    shares = (descending > thresholds).sum(-1, keepdim=True).clamp(min=1)
-    return (x - thresholds.gather(-1, shares - 1)).clamp(min=0)

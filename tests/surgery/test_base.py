@@ -18,12 +18,15 @@ from fastmtl import (
     GradVac,
     Krum,
     Mean,
+    MoDo,
     PCGrad,
     RandomGradWeights,
+    SDMGrad,
     Sum,
 )
 from tests.asserts import assert_untouched
 
+T = 6
 METHODS: dict[str, Callable[[], GradientMethod]] = {
     "MGDA": lambda: MGDA("frank_wolfe", normalization="loss+"),
     "PELTR": lambda: PELTR(0.1),
@@ -32,9 +35,11 @@ METHODS: dict[str, Callable[[], GradientMethod]] = {
     "GradVac": lambda: GradVac(beta=0.3),
     "Sum": Sum,
     "Mean": Mean,
-    "Constant": lambda: Constant([1, 2, 3, 4]),
+    "Constant": lambda: Constant([1, 2, 3, 4, 5, 6]),
     "RandomGradWeights": RandomGradWeights,
     "Krum": lambda: Krum(1, 2),
+    "SDMGrad": lambda: SDMGrad(2, scale_heads=False),
+    "MoDo": lambda: MoDo(2),
     "GradNorm": GradNorm,
     "GradNorm, adam": lambda: GradNorm(optimizer="adam"),
     "GradNorm, epochs": lambda: GradNorm(renormalize="epoch", steps_per_epoch=2),
@@ -45,10 +50,10 @@ METHODS: dict[str, Callable[[], GradientMethod]] = {
 @pytest.mark.parametrize("name", METHODS)
 def test_evaluation_moves_nothing(name: str, num_steps: int) -> None:
     """The weights are those of the step that would be next."""
-    method, losses = METHODS[name](), torch.rand(4) + 0.1
+    method, losses = METHODS[name](), torch.rand(T) + 0.1
     for _ in range(num_steps):
-        fastmtl.aggregate(torch.randn(4, 6), method, losses=losses * torch.rand(4))
-    jacobian = torch.randn(4, 6, dtype=torch.float64)
+        fastmtl.aggregate(torch.randn(T, 6), method, losses=losses * torch.rand(T))
+    jacobian = torch.randn(T, 6, dtype=torch.float64)
     expected = fastmtl.aggregate(jacobian, copy.deepcopy(method), losses=losses).weights
     torch.nn.ModuleList([method]).eval()
     with assert_untouched(method):

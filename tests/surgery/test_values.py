@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastmtl
-from fastmtl import MGDA, PELTR, Constant, GradNorm, GradVac, Krum, Mean, PCGrad, Sum
+from fastmtl import MGDA, PELTR, Constant, GradNorm, GradVac, Krum, Mean, MoDo, PCGrad, SDMGrad, Sum
 
 JACOBIAN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
 
@@ -93,6 +93,24 @@ def test_krum_on_a_line(method: fastmtl.GradientMethod, weights: tuple) -> None:
     """Gradients 0, 0.5, 1, 4, 10 along one direction."""
     line = tensor(0, 0.5, 1, 4, 10)
     assert method(torch.outer(line, line)).tolist() == list(weights)
+
+
+@pytest.mark.parametrize(
+    ("method", "weights"),
+    [
+        (MoDo(2, rho=0), (0.475, 0.525)),  # 0.5 - 0.1 * (3, 2) / 2 = (0.35, 0.4), projected
+        (MoDo(2, gamma=1, rho=1), (0.25, 0.75)),  # 0.5 - (3, 2) / 2 - 0.5 = (-1.5, -1)
+        (SDMGrad(2, lam=0.5, num_steps=200), (0.6, 0.9)),  # 3 (w_1 + 1/4) = 2 (w_2 + 1/4)
+        (SDMGrad(2, lam=0, num_steps=200), (0.4, 0.6)),
+        (SDMGrad(2, lam=0.5, num_steps=200, preference=[1, 3]), (0.6, 0.9)),
+        (SDMGrad(2, lam=1, num_steps=1, lr=0.1, scale_free=False), (0.95, 1.05)),  # 0.5 - 0.1 * (3, 2), plus 0.5
+    ],
+)
+def test_several_batches(method: fastmtl.GradientMethod, weights: tuple) -> None:
+    """Gradients (1, 0), (0, 2) on the first batch, (3, 0), (0, 1) on the second."""
+    jacobian = tensor(1, 0, 0, 2, 3, 0, 0, 1, 7, 8, 9, 10).view(6, 2)
+    found = fastmtl.aggregate(jacobian, method).weights
+    torch.testing.assert_close(found, tensor(0, 0, 0, 0, *weights), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
