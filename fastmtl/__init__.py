@@ -31,7 +31,25 @@ from fastmtl.surgery import (
     Sum,
 )
 from fastmtl.task_gradients import TaskGradients
-from fastmtl.weighting import DWA, HTW, LBTW, LossWeighting, UncertaintyWeighting
+from fastmtl.weighting import (
+    COSMOS,
+    DWA,
+    FAMO,
+    HTW,
+    IMTLL,
+    LBTW,
+    PBI,
+    RLW,
+    STCH,
+    ConstantWeighting,
+    EqualWeighting,
+    GeometricMean,
+    LogLoss,
+    LossWeighting,
+    ReLoBRaLo,
+    SoftAdapt,
+    UncertaintyWeighting,
+)
 
 try:
     __version__ = _metadata.version("fastmtl")
@@ -39,25 +57,37 @@ except _metadata.PackageNotFoundError:  # run from a checkout that was never ins
     __version__ = "unknown"
 
 __all__ = [
+    "COSMOS",
     "DWA",
+    "FAMO",
     "HTW",
+    "IMTLL",
     "LBTW",
     "MGDA",
+    "PBI",
     "PELTR",
+    "RLW",
+    "STCH",
     "Amortized",
     "Constant",
+    "ConstantWeighting",
+    "EqualWeighting",
     "FeatureSurgery",
+    "GeometricMean",
     "GradNorm",
     "GradVac",
     "GradientMethod",
     "Krum",
+    "LogLoss",
     "LossWeighting",
     "Mean",
     "MoDo",
     "PCGrad",
     "RandomGradWeights",
+    "ReLoBRaLo",
     "Result",
     "SDMGrad",
+    "SoftAdapt",
     "Step",
     "Sum",
     "TaskGradients",

@@ -21,9 +21,21 @@ DTYPES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.
 METHODS = sorted(all_methods())
 # What a method cannot do without, and options by which a short run shows its effect.
 OPTIONS: dict[str, dict[str, Any]] = {
+    "COSMOS": {"num_tasks": T, "preference": [1, 2, 3]},
+    "ConstantWeighting": {"weights": [1.0, 0.2, 3.0]},
     "DWA": {"num_tasks": T, "window": 1},
+    "EqualWeighting": {"num_tasks": T},
+    "FAMO": {"num_tasks": T, "lr": 0.2, "after": "next_batch"},
+    "GeometricMean": {"num_tasks": T},
     "HTW": {"num_tasks": T, "main": 1, "total_steps": 20},
+    "IMTLL": {"num_tasks": T, "init": 0.5},
     "LBTW": {"num_tasks": T},
+    "LogLoss": {"num_tasks": T},
+    "PBI": {"num_tasks": T, "preference": [1, 2, 3]},
+    "RLW": {"num_tasks": T},
+    "ReLoBRaLo": {"num_tasks": T, "alpha": 0.5, "temperature": 1.0},
+    "STCH": {"num_tasks": T, "preference": [1, 2, 3], "mu": 1.0},
+    "SoftAdapt": {"num_tasks": T, "beta": 1.0},
     "UncertaintyWeighting": {"num_tasks": T, "init": 0.5},
     "GradNorm": {"lr": 0.2},
     "PELTR": {"lower_bounds": [0.1, 0.2, 0.3]},

@@ -51,7 +51,8 @@ class LossWeighting(Stateful):
         self._weights: Tensor | None = None
         self._last_versions: list[int] = []
         self._unchanged = 0
-        self._met = False  # all ranks have the same
+        self._met = False  # all ranks have the same tasks and options
+        self._aligned = False  # and state
 
     def scalar(self, losses: Tensor, tasks: Sequence[int] | None, everywhere: Everywhere | None = None) -> Tensor:
         """The weighted loss.
@@ -94,7 +95,7 @@ class LossWeighting(Stateful):
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _meet(self, losses: Losses) -> None:
-        """Make sure, once, that all ranks have the same tasks and weighting.
+        """Make sure, once, that all ranks have the same tasks, weighting and state.
 
         Raises:
             RuntimeError: One has not; on every rank.
@@ -105,12 +106,44 @@ class LossWeighting(Stateful):
         if ranks is not None and not self._met:
             device = losses.device if losses.present else self._device()
             handshake(ranks, {"tasks": losses.names, "method": describe(self)}, [], device)
+            self._align(device)
             self._met = True
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def _align(self, device: torch.device) -> None:
+        """Give all ranks, once, the first one's state: seeds, above all."""
+        ranks = ranks_of(self.process_group)
+        if ranks is not None and not self._aligned:
+            ranks.align(self, device)
+            self._aligned = True
 
     def _device(self) -> torch.device:
         """Where losses would lie, for a rank that has none."""
         state = next(itertools.chain(self.parameters(), self.buffers()), None)
         return device_of(self.process_group) if state is None else state.device
+
+    def register_option(self, name: str, option: str, values: float | Sequence[float]) -> None:
+        """Keep an option of one number per task, or for all, as a buffer ``[T]`` that is not saved.
+
+        Args:
+            name: The buffer's.
+            option: The option's, for the error.
+            values: A number, or one per task.
+
+        Raises:
+            ValueError: Of another number of tasks.
+        """
+        assert self.num_tasks is not None
+        each = [values] * self.num_tasks if isinstance(values, float | int) else [*values]
+        if len(each) != self.num_tasks:
+            raise ValueError(f"{option}: expected one number per task ({self.num_tasks}), found {len(each)}")
+        self.register_buffer(name, torch.tensor(each, dtype=torch.float64), persistent=False)
+
+    def _follow(self, device: torch.device) -> None:
+        """Bring the state to where the losses are."""
+        for name, buffer in self._buffers.items():
+            if buffer is not None and buffer.device != device:
+                self._buffers[name] = buffer.to(device)
 
     @property
     def weights(self) -> Tensor | None:
@@ -202,9 +235,7 @@ class WeightedSum(LossWeighting):
             values = losses.detach().double() if everywhere is None else everywhere[1]
             there = None if everywhere is None else everywhere[0]
             finite = (values.isfinite() if there is None else values.isfinite() | ~there).all()
-            for name, buffer in self._buffers.items():
-                if buffer is not None and buffer.device != values.device:
-                    self._buffers[name] = buffer.to(values.device)
+            self._follow(values.device)
             weights = self.weigh(values if tasks is None else spread(values, tasks, self.num_tasks), finite & moving)
             weights = torch.where(finite, weights, float("nan"))
             if there is not None:

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import softplus
 
-from fastmtl.checks import choice, real, whole
+from fastmtl.checks import choice, real
 from fastmtl.facts import Facts
-from fastmtl.weighting.base import Everywhere, LossWeighting
+from fastmtl.weighting.learned import LearnedWeighting
 
 KINDS = ("regression", "classification")
 VARIANTS = ("kendall", "gal", "liebel", "article")
 
 
-class UncertaintyWeighting(LossWeighting):
+class UncertaintyWeighting(LearnedWeighting):
     """Weighs each loss by a learned variance ``sigma_t^2``; answers differences of magnitude.
 
     The scalar is the sum over the tasks of one of these, ``s_t`` being what is learned:
@@ -32,8 +31,7 @@ class UncertaintyWeighting(LossWeighting):
     - ``"article"``, ``s = log sigma``: ``exp(-2 s) L / 2 + log(1 + exp(s))``, which is ``L / (2 sigma^2) + log(1 +
       sigma)``.
 
-    ``s`` is a parameter of this module and must be given to the optimizer, without weight decay:
-    ``torch.optim.Adam([{"params": [*model.parameters()]}, weighting.parameter_group()])``.
+    ``s`` is a parameter of this module and must be given to the optimizer: see `LearnedWeighting`.
 
     Args:
         num_tasks: T.
@@ -73,11 +71,14 @@ class UncertaintyWeighting(LossWeighting):
         init: float | None = None,
         variant: str = "kendall",
     ) -> None:
-        super().__init__()
-        self.num_tasks = whole("num_tasks", num_tasks, 1)
-        self.variant = choice("variant", variant, VARIANTS)
+        choice("variant", variant, VARIANTS)
         if kind is not None and variant != "kendall":
             raise ValueError(f"kind: variant={variant!r} knows none, found {kind!r}")
+        first = (1.0 if variant == "liebel" else 0.0) if init is None else real("init", init)
+        if first == 0 and variant == "liebel":
+            raise ValueError(f"init: variant='liebel' divides by it, found {init}")
+        super().__init__(num_tasks, first)
+        self.variant = variant
         kind = "classification" if kind is None else kind
         kinds = [kind] * self.num_tasks if isinstance(kind, str) else kind
         if not isinstance(kinds, Sequence):
@@ -87,36 +88,16 @@ class UncertaintyWeighting(LossWeighting):
         for t, k in enumerate(kinds):
             choice(f"kind of task {t}", k, KINDS)
         self.kind = kind if variant == "kendall" else None
-        self.init = (1.0 if variant == "liebel" else 0.0) if init is None else real("init", init)
-        if self.init == 0 and variant == "liebel":
-            raise ValueError(f"init: variant='liebel' divides by it, found {init}")
-        self.s = nn.Parameter(torch.full((self.num_tasks,), self.init))
         factor = torch.tensor([0.5 if k == "regression" else 1.0 for k in kinds])
         self.register_buffer("factor", factor, persistent=False)
 
-    def scalar(self, losses: Tensor, tasks: Sequence[int] | None, everywhere: Everywhere | None = None) -> Tensor:
-        """See `LossWeighting.scalar`."""
+    def terms(self) -> tuple[Tensor, Tensor]:
+        """See `LearnedWeighting.terms`."""
         s: Tensor = self.s
-        factor = self.factor
-        if s.device != losses.device:
-            raise ValueError(
-                f"UncertaintyWeighting.s: on {s.device}, the losses on {losses.device}; move it there by .to()"
-            )
-        if tasks is not None:  # one by one: an index tensor would have to be sent to the device
-            s, factor = torch.stack([s[t] for t in tasks]), torch.stack([factor[t] for t in tasks])
         if self.variant == "kendall":
-            weights, penalty = factor * torch.exp(-s), 0.5 * s
-        elif self.variant == "gal":
-            weights, penalty = torch.exp(-s), s
-        elif self.variant == "liebel":
-            weights, penalty = 0.5 / s**2, torch.log1p(s**2)
-        else:
-            weights, penalty = 0.5 * torch.exp(-2 * s), softplus(s)
-        if everywhere is not None:
-            weights, penalty = torch.where(everywhere[0], weights, 0.0), torch.where(everywhere[0], penalty, 0.0)
-        self.note(weights, tasks)
-        return (weights * losses + penalty).sum()
-
-    def parameter_group(self, **options: Any) -> dict[str, Any]:
-        """The parameter group for the optimizer: ``s`` without weight decay, and any other ``options``."""
-        return {"params": [self.s], "weight_decay": 0.0, **options}
+            return self.factor * torch.exp(-s), 0.5 * s
+        if self.variant == "gal":
+            return torch.exp(-s), s
+        if self.variant == "liebel":
+            return 0.5 / s**2, torch.log1p(s**2)
+        return 0.5 * torch.exp(-2 * s), softplus(s)

@@ -12,26 +12,54 @@ from torch import Tensor, nn
 
 import fastmtl
 from fastmtl import DWA, HTW, LBTW, FeatureSurgery, LossWeighting, TaskGradients, UncertaintyWeighting
+from fastmtl.weighting import WeightedSum
 from tests import nets
 from tests.asserts import assert_same_state, assert_untouched
 from tests.weighting.literal import leaves, random_losses, step
 
 Make = Callable[[], LossWeighting]
 
+
+def seeded() -> torch.Generator:
+    return torch.Generator().manual_seed(1)
+
+
 # Those with state that moves by itself, made so that some of their epochs end in the middle of a test.
 STATEFUL: dict[str, Make] = {
     "DWA": lambda: DWA(3, steps_per_epoch=4),
     "DWA, mean": lambda: DWA(3, steps_per_epoch=4, reduction="mean"),
     "DWA, window": lambda: DWA(3, window=2),
+    "FAMO": lambda: fastmtl.FAMO(3, lr=0.1, after="next_batch"),
+    "FAMO, sgd": lambda: fastmtl.FAMO(3, lr=0.1, optimizer="sgd", after="next_batch"),
     "LBTW": lambda: LBTW(3),
     "LBTW, epochs": lambda: LBTW(3, reset_each_epoch=True, steps_per_epoch=4, normalize="sum_to_one"),
     "HTW": lambda: HTW(3, 1, 40),
     "HTW, epochs": lambda: HTW(3, 1, 60, ramp="to_one", reset_each_epoch=True, steps_per_epoch=4),
+    "PBI, running": lambda: fastmtl.PBI(3, preference=[1, 2, 3], ideal="running"),
+    "RLW": lambda: fastmtl.RLW(3, generator=seeded()),
+    "ReLoBRaLo": lambda: fastmtl.ReLoBRaLo(3, 0.5, 1.0, 0.5, generator=seeded()),
+    "STCH, log": lambda: fastmtl.STCH(3, variant="log", warmup_epochs=1, steps_per_epoch=2),
+    "SoftAdapt": lambda: fastmtl.SoftAdapt(3, beta=1.0, normalized=True, loss_weighted=True, order=2),
 }
 LEARNED: dict[str, Make] = {
     v: lambda v=v: UncertaintyWeighting(3, variant=v) for v in ("kendall", "gal", "liebel", "article")
+} | {"IMTLL": lambda: fastmtl.IMTLL(3, init=0.5)}
+# Without state that moves by itself.
+PLAIN: dict[str, Make] = {
+    "COSMOS": lambda: fastmtl.COSMOS(3, preference=[1, 2, 3], generator=seeded()),
+    "ConstantWeighting": lambda: fastmtl.ConstantWeighting([1.0, -0.5, 3.0]),
+    "EqualWeighting": lambda: fastmtl.EqualWeighting(3),
+    "EqualWeighting, mean": lambda: fastmtl.EqualWeighting(3, reduction="mean"),
+    "FAMO, no update": lambda: fastmtl.FAMO(3),
+    "GeometricMean": lambda: fastmtl.GeometricMean(3),
+    "GeometricMean, focus": lambda: fastmtl.GeometricMean(3, focus=[1]),
+    "LogLoss": lambda: fastmtl.LogLoss(3),
+    "PBI": lambda: fastmtl.PBI(3, preference=[1, 2, 3], ideal=0.1),
+    "STCH": lambda: fastmtl.STCH(3, preference=[1, 2, 3]),
 }
-ALL = STATEFUL | LEARNED
+UNLEARNED = STATEFUL | PLAIN
+ALL = UNLEARNED | LEARNED
+SUMS = [name for name, make in UNLEARNED.items() if isinstance(make(), WeightedSum)]
 
 
 def trained(make: Make, num_steps: int = 10) -> LossWeighting:
@@ -42,9 +70,9 @@ def trained(make: Make, num_steps: int = 10) -> LossWeighting:
 
 
 @pytest.mark.parametrize("num_steps", [0, 3, 8, 10])  # an epoch has 4
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", UNLEARNED)
 def test_a_fresh_object_resumes_bitwise(name: str, num_steps: int) -> None:
-    weighting, fresh = trained(STATEFUL[name], num_steps), STATEFUL[name]()
+    weighting, fresh = trained(UNLEARNED[name], num_steps), UNLEARNED[name]()
     fresh.load_state_dict(weighting.state_dict(), strict=True)
     assert_same_state(weighting, fresh)
     for losses in random_losses(11, 3, absent=0.3):
@@ -65,17 +93,17 @@ def test_the_weights_of_the_last_call_can_be_looked_at(name: str, absent: int | 
     assert not weighting.weights.requires_grad
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", UNLEARNED)
 def test_casting_the_model_keeps_the_state(name: str) -> None:
-    weighting = trained(STATEFUL[name])
+    weighting = trained(UNLEARNED[name])
     with assert_untouched(weighting):
         nn.ModuleList([weighting]).half()
 
 
 @pytest.mark.parametrize("num_steps", [0, 10])  # validation before the first step of training, too
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", UNLEARNED)
 def test_evaluation_moves_nothing(name: str, num_steps: int) -> None:
-    weighting = trained(STATEFUL[name], num_steps)
+    weighting = trained(UNLEARNED[name], num_steps)
     data = [leaves(x) for x in random_losses(5, 3)]
     with assert_untouched(weighting):
         with torch.no_grad():
@@ -91,9 +119,9 @@ def test_evaluation_moves_nothing(name: str, num_steps: int) -> None:
     assert step(weighting, [1.0, None, 0.5]) == step(training, [1.0, None, 0.5])
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", UNLEARNED)
 def test_as_a_method_a_call_without_gradients_is_a_step_of_training(name: str) -> None:
-    weighting, other = trained(STATEFUL[name]), trained(STATEFUL[name])
+    weighting, other = trained(UNLEARNED[name]), trained(UNLEARNED[name])
     other.load_state_dict(weighting.state_dict())
     losses = torch.tensor([1.0, 2.0, 3.0])
     with torch.no_grad():
@@ -104,10 +132,10 @@ def test_as_a_method_a_call_without_gradients_is_a_step_of_training(name: str) -
 
 @pytest.mark.parametrize("num_steps", [0, 10])
 @pytest.mark.parametrize("value", [math.inf, math.nan])
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", UNLEARNED)
 def test_a_loss_that_is_not_finite_moves_nothing(name: str, value: float, num_steps: int) -> None:
     """The weights are NaN, for a GradScaler to see; training goes on as if the step had not been."""
-    weighting = trained(STATEFUL[name], num_steps)
+    weighting = trained(UNLEARNED[name], num_steps)
     with assert_untouched(weighting):
         found = step(weighting, [1.0, value, None])
     assert math.isnan(found[0])
@@ -115,10 +143,10 @@ def test_a_loss_that_is_not_finite_moves_nothing(name: str, value: float, num_st
     assert all(math.isfinite(x) for x in step(weighting, [1.0, 1.0, 1.0]))
 
 
-@pytest.mark.parametrize("name", STATEFUL)
+@pytest.mark.parametrize("name", SUMS)
 def test_weights_are_constants(name: str) -> None:
     """The scalar is ``sum w L``, and its slopes are w: nothing flows through the weights."""
-    weighting, other = trained(STATEFUL[name]), trained(STATEFUL[name])
+    weighting, other = trained(UNLEARNED[name]), trained(UNLEARNED[name])
     other.load_state_dict(weighting.state_dict())
     losses = torch.rand(3, dtype=torch.float64, requires_grad=True)
     total = weighting(losses)
