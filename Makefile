@@ -29,7 +29,7 @@ $(VENV)/test: $(VENV)/fastmtl
 	@touch $@
 
 $(VENV)/peers: $(VENV)/fastmtl # what the benchmarks compare with stays out of the environment of demo and tests
-	$(PIP) torchjd==0.18.0 && touch $@ || echo "NO COMPARISON WITH TORCHJD: it could not be installed"
+	$(PIP) "torchjd[quadprog_projector]==0.18.0" && touch $@ || echo "NO COMPARISON WITH TORCHJD: it could not be installed"
 
 $(VENV)/lint: $(VENV)/fastmtl
 	$(PIP) $(EDITABLE) ".[lint]"

@@ -140,7 +140,7 @@ class Report:
             ratio = _percentiles([a / b for a, b in zip(each, samples[base], strict=True)])[1]
             error = "" if errors is None or name not in errors else errors[name]
             row = Row(
-                question, method, name, *shape, dtype, self._machine(), median, p20, p80, ratio, error, *_version()
+                question, method, name, *shape, dtype, self._machine(), median, p20, p80, ratio, error, *version()
             )
             self.rows.append(row)
             shown = f"{error:9.1e}" if isinstance(error, float) else ""
@@ -281,7 +281,7 @@ def _cpu() -> str:
 
 
 @functools.cache
-def _version() -> tuple[str, str]:
+def version() -> tuple[str, str]:
     """The commit, with a plus sign where files have changed since, and the date."""
     git = ["git", "-C", str(Path(__file__).parent)]
     head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True)
