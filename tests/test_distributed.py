@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastmtl
+from benchmarks import distributed as benchmark
 from tests.ranks import Ranks, processes
 
 TASKS, BATCH, STEPS = 3, 12, 20
@@ -413,6 +414,19 @@ def count_bytes(method: str) -> list[int]:
 )
 def test_one_small_all_reduce_per_step(ranks: Ranks, method: str, numbers: int) -> None:
     assert ranks.run(2, count_bytes, method) == [[8 * numbers]] * 2
+
+
+@pytest.mark.parametrize("way", [way for way in benchmark.WAYS if way[0] in "fF"])
+def test_benchmark(ranks: Ranks, way: str) -> None:
+    wrap = benchmark.WAYS[way][1]
+    case = way, "GradNorm", torch.float64
+    found, plain = (
+        ranks.run(4, benchmark.train, case),
+        ranks.run(4, benchmark.train, (f"summed loss, {wrap}", "sum", torch.float64)),
+    )
+    assert {sent for _, sent in found} == {benchmark.formula(case, 4, plain[0][1])}
+    assert all(benchmark.difference(params, found[0][0]) == 0 for params, _ in found)
+    assert benchmark.difference(found[0][0], benchmark.train(case)[0]) < 1e-9
 
 
 def evaluate() -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
