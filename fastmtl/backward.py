@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastmtl import ops
 from fastmtl.checks import whole
-from fastmtl.distributed import Group, ranks_of
+from fastmtl.distributed import Group, Ranks, ranks_of, several
 from fastmtl.engine import (
     Method,
     accumulate,
@@ -27,12 +27,14 @@ from fastmtl.engine import (
     unscaled,
     weighed_losses,
 )
-from fastmtl.exchange import Exchange, Shards, describe_params, finish, has_static_graph
+from fastmtl.exchange import Exchange, describe_param, describe_params, finish, has_static_graph
 from fastmtl.losses import Losses, LossesLike, parse_losses
 from fastmtl.parameters import GroupsLike, ParamsLike, check_one_device, find_leaves, resolve_groups, resolve_params
 from fastmtl.passes import Passes
 from fastmtl.result import Result
 from fastmtl.rows import Rows, ThroughBackward, ThroughGrad, constant_mask
+from fastmtl.sharded import check_synchronised, is_sharded
+from fastmtl.sharded_exchange import SAME_TASKS, ShardedExchange, ranks_of_sharded
 from fastmtl.surgery.amortized import Amortized
 from fastmtl.surgery.base import GradientMethod
 from fastmtl.surgery.constant import Sum
@@ -147,8 +149,7 @@ def backward(
     if isinstance(method, Amortized) and nonfinite != "propagate":
         raise ValueError(f"nonfinite={nonfinite!r}: Amortized looks at no gradients between its updates")
     grouped = groups not in (None, "all")
-    ranks = ranks_of(process_group)
-    parsed = parse_losses(losses, empty=ranks is not None)
+    parsed = parse_losses(losses, empty=several("auto"))
     leaves, kinds = find_leaves(parsed.present)
     known = _known_shared(shared_params, model, len(parsed))
     if known is None:
@@ -156,49 +157,54 @@ def backward(
         candidates = resolve_params(model, model, "model")
     else:
         candidates = known
-    heads, hidden = _heads(leaves, kinds, candidates, model, whole=ranks is not None)
+    sharded = _is_sharded([*candidates.values(), *leaves], kinds)
+    if sharded:
+        if model is None:
+            raise ValueError("model: needed with sharded parameters, whose graph hides which parameters the heads have")
+        check_synchronised(model)
+        heads = _heads([], candidates, model)
+        ranks = ranks_of_sharded(process_group, [*candidates.values(), *heads])
+    else:
+        ranks = ranks_of(process_group)
+    if ranks is None and not parsed.present:
+        parse_losses(losses)  # raises
+    hidden = any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds)
+    if not sharded:
+        heads = _heads(leaves, candidates, model if hidden or ranks is not None else None)
     knows_heads = gramian_params is not None or nonfinite != "propagate" or isinstance(method, Amortized)
     if hidden and model is None and (knows_heads or getattr(method, "scale_heads", False)):
         raise ValueError("model: needed here, since reentrant checkpointing hides which parameters the heads have")
     if filler == "auto":
-        filler = "backward" if hidden else "grad"
+        filler = "backward" if hidden or sharded else "grad"
+    elif filler == "grad" and sharded:
+        raise ValueError("filler='grad': finds no gradients of sharded parameters (FSDP2, DTensor); leave it to 'auto'")
     if chunk_size is not None and filler == "backward":
-        raise ValueError(f"chunk_size={chunk_size}: needs filler='grad', which reentrant checkpointing does not allow")
+        raise ValueError(
+            f"chunk_size={chunk_size}: needs filler='grad', which reentrant checkpointing and sharded parameters "
+            "(FSDP2, DTensor) do not allow; use chunk_size=None"
+        )
     through = ThroughGrad if filler == "grad" else ThroughBackward
     scale = scale_of(scaler, parsed.device if parsed.present else next(iter(candidates.values())).device)
     by_id = {id(p): name for name, p in candidates.items()}
-    passes = Passes(parsed, kinds, through, scale, retain_graph, by_id, chunk_size, row_dtype)
+    gather = model if sharded else None
+    passes = Passes(parsed, kinds, through, scale, retain_graph, by_id, chunk_size, row_dtype, gather)
 
     exchange: Exchange | None = None
     if ranks is not None:
         if through is ThroughBackward and _averages(model):
             raise ValueError("model: filler='backward' would have DistributedDataParallel average; pass model.module")
-        options = {"nonfinite": nonfinite, "max_norm": max_norm, "precision": precision, "row_dtype": row_dtype}
+        options: dict[str, Any] = {
+            "nonfinite": nonfinite,
+            "max_norm": max_norm,
+            "precision": precision,
+            "row_dtype": row_dtype,
+        }
         options |= {"scaler": scaler is not None, "gramian_params": gramian_params is not None}
         options["groups"] = groups if isinstance(groups, str | None) else len(groups)
-        call = {
-            "options": [f"{name}={value}" for name, value in options.items()],
-            "shared_params": ["still to be found"] if known is None else describe_params(candidates),
-            "other parameters": [f"{list(p.shape)} {p.dtype}" for p in heads],
-        }
         if known is not None and grouped:
-            call["options"].append(f"group of each parameter={resolve_groups(groups, candidates, model)[0]}")
-        if gramian_params is not None:
-            call["gramian_params"] = describe_params(resolve_params(gramian_params, model, "gramian_params"))
-        mine = set() if model is None else {id(p) for p in model.parameters()}
-        if not mine.issuperset(map(id, heads)):  # their order tells which they are while all ranks have the same tasks
-            present = [name for name, x in zip(parsed.names, parsed.items, strict=True) if x is not None]
-            call["tasks with a loss (model= allows that)"] = present
-        exchange = Exchange(
-            ranks,
-            method,
-            parsed,
-            [x is not None for x in parsed.items],
-            parsed.names,
-            next(iter(candidates.values())).device,
-            {"call": ["fastmtl.backward"], **call},
-            has_static_graph(parsed.present, model),
-        )
+            options["group of each parameter"] = resolve_groups(groups, candidates, model)[0]
+        few = {} if gramian_params is None else resolve_params(gramian_params, model, "gramian_params")
+        exchange = _meet(ranks, parsed, method, candidates, known is None, heads, few, model, options, sharded)
         if known is None and isinstance(method, GradientMethod):
             assert model is not None
             known, private = _discover_over_ranks(exchange, passes, candidates, heads)
@@ -221,8 +227,8 @@ def backward(
             raise ValueError("gramian_params: pass shared_params= too; it is not known yet which parameters are heads")
     may_hold = known is not None and not grouped and nonfinite == "propagate" and not (hidden and model is None)
     once = may_hold and _is_plain_sum(method)
-    several = not once and (len(passes.present) > 1 or lean is not None or isinstance(method, Amortized))
-    if several and not passes.prove([*candidates.values(), *heads]) and nonfinite == "drop_task":
+    again = not once and (len(passes.present) > 1 or lean is not None or isinstance(method, Amortized))
+    if again and not passes.prove([*candidates.values(), *heads]) and nonfinite == "drop_task":
         raise RuntimeError("compiled trunk: no finite gradient yet to prove that its backward pass can be repeated")
     if may_hold:
         with restored_on_error(method):
@@ -243,7 +249,7 @@ def backward(
     if exchange is not None:
         check_one_device(candidates, "shared_params")
         indices, num_groups = resolve_groups(groups, candidates, model)
-        shards = Shards(exchange, [*candidates.values()], indices, num_groups, row_dtype)
+        shards = exchange.collect([*candidates.values()], indices, num_groups, row_dtype)
         tasks = replace(passes, row_dtype=None).per_task(params, take=shards.add)
         columns = _columns(tasks, range(len(candidates), len(params)))
         weights, gramian = finish(shards, heads, columns, method, scale, nonfinite, max_norm, precision)
@@ -271,19 +277,67 @@ def backward(
     return Result.of(_grads(params[i] for i in shared), decision.weights, gramian, grouped)
 
 
-def _heads(
-    leaves: Sequence[Tensor], kinds: set[type], shared: dict[str, Tensor], model: nn.Module | None, whole: bool
-) -> tuple[list[Tensor], bool]:
-    """The parameters that are not shared, and whether reentrant checkpointing hides parameters from the graph.
+def _meet(
+    ranks: Ranks,
+    losses: Losses,
+    method: Method,
+    shared: dict[str, Tensor],
+    unknown: bool,
+    heads: Sequence[Tensor],
+    few: dict[str, Tensor],
+    model: nn.Module | None,
+    options: dict[str, Any],
+    sharded: bool,
+) -> Exchange:
+    """The handshake of a step.
 
-    If that is so, or ``whole``, all of the model's are among them, the first, in its order.
+    Args:
+        ranks: All.
+        losses: This rank's.
+        method: See `backward`.
+        shared: The shared parameters, or where they are still to be found.
+        unknown: The latter.
+        heads: The other parameters.
+        few: ``gramian_params``.
+        model: See `backward`.
+        options: What of the call must be the same on all ranks.
+        sharded: Some parameters are.
     """
-    hidden = any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds)
-    known = resolve_params(model, model, "model").values() if model is not None and (hidden or whole) else ()
+    there = [x is not None for x in losses.items]
+    present = [name for name, here in zip(losses.names, there, strict=True) if here]
+    call = {
+        "call": ["fastmtl.backward"],
+        "options": [f"{name}={value}" for name, value in options.items()],
+        "shared_params": ["still to be found"] if unknown else describe_params(shared),
+        "other parameters": [describe_param(p) for p in heads],
+        "gramian_params": describe_params(few),
+    }
+    mine = set() if model is None else {id(p) for p in model.parameters()}
+    if sharded:
+        call[SAME_TASKS] = present
+    elif not mine.issuperset(map(id, heads)):  # their order tells which they are while all ranks have the same tasks
+        call["tasks with a loss (model= allows that)"] = present
+    device = next(iter(shared.values())).device
+    others = method, losses, there, losses.names, device, call, has_static_graph(losses.present, model)
+    if sharded:
+        return ShardedExchange([*shared.values(), *heads, *few.values()], ranks, *others)
+    return Exchange(ranks, *others)
+
+
+def _is_sharded(params: Iterable[Tensor], kinds: set[type]) -> bool:
+    """Whether some are: of the parameters given, or behind FSDP2's hooks in a graph with nodes of these types."""
+    return any(kind.__name__ == "RegisterPostBackwardFunctionBackward" for kind in kinds) or any(
+        map(is_sharded, params)
+    )
+
+
+def _heads(leaves: Sequence[Tensor], shared: dict[str, Tensor], model: nn.Module | None) -> list[Tensor]:
+    """The parameters that are not shared: a model's, in its order, and those that are leaves of the graph."""
+    known = () if model is None else resolve_params(model, model, "model").values()
     heads = {id(p): p for p in (*known, *leaves)}
     for p in shared.values():
         heads.pop(id(p), None)
-    return [*heads.values()], hidden
+    return [*heads.values()]
 
 
 def _averages(model: nn.Module | None) -> bool:
@@ -325,7 +379,7 @@ def _on_gramian_params(
         del rows  # the pass below needs memory
     else:
         losses = exchange.losses
-        shards = Shards(exchange, lean, row_dtype=passes.row_dtype, argument="gramian_params")
+        shards = exchange.collect(lean, row_dtype=passes.row_dtype, argument="gramian_params")
         replace(passes, row_dtype=None).per_task([*lean, *aside], then_more=True, take=shards.add)
         gramian, mask = shards.gramian(precision, passes.scale)
         del shards
@@ -358,7 +412,7 @@ def _one_pass(
     _refuse_unreached(rows, "shared_params")
     factor = None
     if max_norm is not None:
-        square = unscaled(ops.gram(rows), passes.scale)
+        square = unscaled(ops.gram(rows) if exchange is None else exchange.gram(shared, rows), passes.scale)
         factor = clip(torch.ones_like(square[0]), square, max_norm)
     accumulate((shared, rows, factor), (heads, rest, None))
 

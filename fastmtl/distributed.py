@@ -111,15 +111,27 @@ def ranks_of(process_group: Group) -> Ranks | None:
         TypeError: Not a process group.
     """
     check_group(process_group)
-    if not several(process_group):
-        return None
+    return ranks_over(members_of(process_group)) if several(process_group) else None
+
+
+def ranks_over(members: Sequence[int]) -> Ranks:
+    """Our own process group over some ranks, given by their global numbers, ascending."""
     world = dist.group.WORLD
-    members = tuple(dist.get_process_group_ranks(world if process_group == "auto" else process_group))
-    key = (id(world), members)
+    key = (id(world), tuple(members))
     if key not in _own:
         group = dist.new_group(list(members), use_local_synchronization=True)
         _own[key] = world, Ranks(group)
     return _own[key][1]
+
+
+def members_of(process_group: Group) -> tuple[int, ...]:
+    """The global numbers of the ranks of a group, ascending; of one process without ``torch.distributed``: 0."""
+    check_group(process_group)
+    if not dist.is_available() or not dist.is_initialized():
+        return (0,)
+    if process_group is None:
+        return (dist.get_rank(),)
+    return tuple(sorted(dist.get_process_group_ranks(dist.group.WORLD if process_group == "auto" else process_group)))
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]

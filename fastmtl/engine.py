@@ -13,6 +13,7 @@ from torch import Tensor
 from fastmtl import ops, sparse
 from fastmtl.losses import Losses
 from fastmtl.rows import Rows, constant_mask
+from fastmtl.sharded import shards_written
 from fastmtl.surgery.base import GradientMethod, Step
 from fastmtl.weighting.base import LossWeighting
 
@@ -237,7 +238,8 @@ def accumulate(*jobs: tuple[Sequence[Tensor], Rows, Tensor | None]) -> None:
     """Add weighted rows to parameters' ``.grad``, as ``loss.backward()`` would.
 
     A parameter that no task reaches is left alone. Nothing is written if anything raises. Sparse rows give a sparse,
-    coalesced ``.grad``, unless there is a dense one to be added to. Rows may be narrower than their parameter.
+    coalesced ``.grad``, unless there is a dense one to be added to. Rows may be narrower than their parameter. Those of
+    a sharded parameter are of this rank's shard; its ``.grad`` is sharded as the parameter is.
 
     Args:
         jobs: Parameters, their rows, and the rows' weights ``[K, T]``; None: all count 1.
@@ -257,8 +259,8 @@ def accumulate(*jobs: tuple[Sequence[Tensor], Rows, Tensor | None]) -> None:
         else:
             added.append((param.grad, grad))
 
-    with torch.no_grad():
-        for params, rows, weights in jobs:
+    with torch.no_grad(), shards_written([params for params, *_ in jobs]) as written:
+        for params, (_, rows, weights) in zip(written, jobs, strict=True):
             refuse_unsupported(params, [p.grad for p in params], {})
             reached = rows.reached()
             if weights is None:  # heads, mostly: one task each
@@ -308,8 +310,8 @@ def refuse_unsupported(params: Sequence[Tensor], grads: Sequence[Tensor | None],
         names: The parameters' names by id, where known.
 
     Raises:
-        TypeError: A gradient is complex, sharded (DTensor), or sparse in another way than `fastmtl.sparse` knows; the
-            text names the parameter.
+        TypeError: A gradient is complex, or sparse in another way than `fastmtl.sparse` knows; the text names the
+            parameter.
     """
     for p, g in zip(params, grads, strict=True):
         if g is None or (type(g) is Tensor and g.layout is torch.strided and not g.is_complex()):
@@ -318,5 +320,3 @@ def refuse_unsupported(params: Sequence[Tensor], grads: Sequence[Tensor | None],
         sparse.check_layout(g, name)
         if g.is_complex():
             raise TypeError(f"{name}: complex gradients are not supported")
-        if hasattr(g, "full_tensor"):
-            raise TypeError(f"{name}: sharded gradients (FSDP2, DTensor) are not supported")

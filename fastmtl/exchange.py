@@ -13,7 +13,7 @@ import weakref
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -24,6 +24,7 @@ from fastmtl.distributed import Ranks
 from fastmtl.engine import Method, accumulate, decide, restored_on_error, unscaled
 from fastmtl.losses import Losses
 from fastmtl.rows import Rows, constant_mask
+from fastmtl.sharded import is_sharded
 from fastmtl.surgery.base import GradientMethod
 
 Subjects = Mapping[str, Sequence[str]]
@@ -107,38 +108,65 @@ class Exchange:
         items = [x if p else None for x, p in zip(average.unbind(), self.present, strict=True)]
         self.losses = None if unknown else Losses(self.names, tuple(items))
 
-    def most(self, marks: Sequence[Sequence[int]]) -> list[list[int]]:
+    def collect(
+        self,
+        params: Sequence[Tensor],
+        groups: list[int] | None = None,
+        num_groups: int = 1,
+        row_dtype: torch.dtype | None = None,
+        argument: str = "shared_params",
+    ) -> Collected:
+        """A place for all tasks' gradients.
+
+        Args:
+            params: P numbers in all.
+            groups: Per parameter the index of its group; None: one group.
+            num_groups: K.
+            row_dtype: What averaged float32 gradients are stored in; None: float32.
+            argument: Whose parameters these are, for errors.
+        """
+        return Shards(self, params, groups, num_groups, row_dtype, argument)
+
+    def most(self, marks: Sequence[Sequence[int]], ranks: Ranks | None = None) -> list[list[int]]:
         """The elementwise maximum over the ranks of a matrix of numbers 0..255; synchronises with the host."""
         table = torch.tensor(marks, dtype=torch.uint8, device=self.device)
         if table.numel() > 0:
-            dist.all_reduce(table, op=dist.ReduceOp.MAX, group=self.ranks.group)
+            dist.all_reduce(table, op=dist.ReduceOp.MAX, group=(ranks or self.ranks).group)
         return table.tolist()
 
-    def average(self, params: Sequence[Tensor], grads: Row, argument: str = "") -> list[Tensor | None]:
+    def gram(self, params: Sequence[Tensor], rows: Rows, precision: str = "full") -> Tensor:
+        """The Gramian ``[K, T, T]`` of averaged gradients as `average` returns them.
+
+        Args:
+            params: Parameters.
+            rows: Their gradients.
+            precision: See `fastmtl.ops.gram`.
+        """
+        return ops.gram(rows, precision=precision)
+
+    def average(self, params: Sequence[Tensor], grads: Row, ranks: Ranks | None = None) -> list[Tensor | None]:
         """The average of gradients over the ranks; None where no rank has one.
 
         Args:
             params: Parameters.
             grads: This rank's gradients, or None.
-            argument: Whose parameters these are, if some of them must have a gradient on some rank.
+            ranks: None: all.
 
         Raises:
             TypeError: A gradient is sparse.
-            ValueError: There is no gradient on any rank.
         """
         if not params:
             return []
-        (marks,) = self.most([[_mark(g) for g in grads]])
+        ranks = ranks or self.ranks
+        (marks,) = self.most([[_mark(g) for g in grads]], ranks)
         _refuse_sparse(params, marks)
-        if argument and not any(marks):
-            raise ValueError(f"{argument}: no loss reaches any of them on any rank")
         some = [i for i, mark in enumerate(marks) if mark]
         averages: list[Tensor | None] = [None] * len(params)
         work = []
         for bucket in _buckets([params[i] for i in some], 1):
             flat = bucket.zeros()
-            bucket.fill(flat, [grads[i] for i in some], self.ranks.size)
-            work.append(dist.all_reduce(flat, group=self.ranks.group, async_op=True))
+            bucket.fill(flat, [grads[i] for i in some], ranks.size)
+            work.append(dist.all_reduce(flat, group=ranks.group, async_op=True))
             for i, slot in bucket.slots(flat):
                 averages[some[i]] = slot
         for each in work:
@@ -146,29 +174,55 @@ class Exchange:
         return averages
 
 
+class Collected(Protocol):
+    """All tasks' gradients, averaged over the ranks.
+
+    Attributes:
+        exchange: Of this step.
+        params: The parameters.
+    """
+
+    exchange: Exchange
+    params: Sequence[Tensor]
+
+    def add(self, task: int, row: Row) -> Row:
+        """Take this rank's gradients of a task, tasks in ascending order.
+
+        Args:
+            task: Its index.
+            row: Gradients of ``params``, then of other parameters.
+
+        Returns:
+            The latter, after a None for each of the former.
+        """
+
+    def gramian(self, precision: str, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """The Gramian ``[K, T, T]`` of the raw losses' averaged gradients, and which task reaches which group.
+
+        Raises:
+            TypeError: A gradient is sparse.
+            ValueError: No gradient on any rank.
+        """
+
+    def combined(self, weights: Tensor) -> list[Tensor | None]:
+        """The parameters' gradients, summed with the weights ``[K, T]``; None where no task on any rank reaches."""
+
+
 class Shards:
-    """This rank's shards of all tasks' averaged gradients.
+    """This rank's shards of all tasks' averaged gradients; see `Exchange.collect`, `Collected`.
 
     A task's reduce-scatter runs while the next task's backward pass does. Memory: ``T P / W`` for the shards, and P for
     the task on its way.
-
-    Args:
-        exchange: Of this step.
-        params: P numbers in all.
-        groups: Per parameter the index of its group; None: one group.
-        num_groups: K.
-        row_dtype: What averaged float32 gradients are stored in; None: float32.
-        argument: Whose parameters these are, for errors.
     """
 
     def __init__(
         self,
         exchange: Exchange,
         params: Sequence[Tensor],
-        groups: Sequence[int] | None = None,
-        num_groups: int = 1,
-        row_dtype: torch.dtype | None = None,
-        argument: str = "shared_params",
+        groups: list[int] | None,
+        num_groups: int,
+        row_dtype: torch.dtype | None,
+        argument: str,
     ) -> None:
         self.exchange = exchange
         self.params = params
@@ -192,15 +246,7 @@ class Shards:
         ]
 
     def add(self, task: int, row: Row) -> Row:
-        """Take this rank's gradients of a task, tasks in ascending order.
-
-        Args:
-            task: Its index.
-            row: Gradients of ``params``, then of other parameters.
-
-        Returns:
-            The latter, after a None for each of the former.
-        """
+        """See `Collected`."""
         n = len(self.params)
         while self._sent < task:
             self._send(None)
@@ -208,12 +254,7 @@ class Shards:
         return [*([None] * n), *row[n:]]
 
     def gramian(self, precision: str, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The Gramian ``[K, T, T]`` of the raw losses' averaged gradients, and which task reaches which group.
-
-        Raises:
-            TypeError: A gradient is sparse.
-            ValueError: No gradient on any rank.
-        """
+        """See `Collected`."""
         while self._sent < len(self._shards):
             self._send(None)
         self._wait()
@@ -230,7 +271,7 @@ class Shards:
         return unscaled(gramian, scale), mask
 
     def combined(self, weights: Tensor) -> list[Tensor | None]:
-        """The parameters' gradients, summed with the weights ``[K, T]``; None where no task on any rank reaches."""
+        """See `Collected`."""
         parts = [flat.new_zeros(len(flat) // self.exchange.ranks.size) for flat in self._flats]
         ops.combine_(self._rows(), weights, [parts[b][start:stop] for b, start, stop, _ in self._pieces])
         self._shards = [None] * len(self._shards)
@@ -278,7 +319,7 @@ class Shards:
 
 
 def finish(
-    shards: Shards,
+    shards: Collected,
     heads: Sequence[Tensor],
     tasks: Sequence[Row | None],
     method: GradientMethod,
@@ -327,7 +368,13 @@ def weighted(tasks: Sequence[Row | None], num_params: int, weights: Tensor | Non
 
 def describe_params(params: Mapping[str, Tensor]) -> list[str]:
     """In words, what all ranks must have in common of parameters."""
-    return [f"{name} {list(p.shape)} {p.dtype}" for name, p in params.items()]
+    return [f"{name} {describe_param(p)}" for name, p in params.items()]
+
+
+def describe_param(param: Any) -> str:
+    """The same, of one without a name."""
+    words = f"{list(param.shape)} {param.dtype}"
+    return f"{words} {param.placements} on {list(param.device_mesh.shape)}" if is_sharded(param) else words
 
 
 def has_static_graph(losses: Iterable[Tensor], model: nn.Module | None = None) -> bool:
@@ -433,6 +480,14 @@ def _refuse_sparse(params: Sequence[Tensor], marks: Sequence[int]) -> None:
             )
 
 
+def gather(numbers: Sequence[int], ranks: Ranks, device: torch.device) -> list[list[int]]:
+    """Each number's value on every rank; synchronises with the host."""
+    mine = torch.tensor(numbers, dtype=torch.int64, device=device)
+    everyone = mine.new_empty(ranks.size * len(mine))
+    _all_gather(everyone, mine, group=ranks.group)
+    return everyone.view(ranks.size, -1).T.tolist()
+
+
 def handshake(ranks: Ranks, subjects: Subjects, flags: Sequence[bool], device: torch.device) -> list[bool]:
     """Make sure that all ranks mean the same step; one all-gather of a few numbers, and a host synchronisation.
 
@@ -448,10 +503,7 @@ def handshake(ranks: Ranks, subjects: Subjects, flags: Sequence[bool], device: t
     Raises:
         RuntimeError: See `Exchange`.
     """
-    mine = torch.tensor([_hash(subjects), *map(int, flags)], dtype=torch.int64, device=device)
-    everyone = mine.new_empty(ranks.size * len(mine))
-    _all_gather(everyone, mine, group=ranks.group)
-    found, *flagged = everyone.view(ranks.size, -1).T.tolist()
+    found, *flagged = gather([_hash(subjects), *map(int, flags)], ranks, device)
     if len(set(found)) == 1:
         return [any(each) for each in flagged]
     words: list[Any] = [None] * ranks.size

@@ -78,7 +78,7 @@ def parse_losses(losses: LossesLike, differentiable: bool = True, empty: bool = 
         empty: All tasks may be absent.
 
     Raises:
-        TypeError: A loss is not a tensor.
+        TypeError: A loss is not a tensor, or a `DTensor`.
         ValueError: No losses, none present, a loss that is not a floating scalar, that has no graph, or that lies on
             another device; the text names the task.
     """
@@ -106,6 +106,8 @@ def parse_losses(losses: LossesLike, differentiable: bool = True, empty: bool = 
                 f"loss of {name}: expected a tensor, or None if the task is absent from this batch, "
                 f"found {type(x).__name__}"
             )
+        if hasattr(x, "full_tensor"):
+            raise TypeError(f"loss of {name}: expected a plain tensor, found a DTensor; pass its full_tensor()")
         if x.numel() != 1:
             raise ValueError(f"loss of {name}: expected a scalar, found shape {list(x.shape)}; reduce it first")
         if not x.is_floating_point():

@@ -6,6 +6,8 @@ from collections.abc import Iterable, Sequence
 
 from torch import Tensor, nn
 
+from fastmtl.sharded import stored_parameters
+
 ParamsLike = nn.Module | Iterable[nn.Module | Tensor | str]
 """A module; or an iterable of modules, parameters, or names of a model's parameters or submodules."""
 GroupsLike = str | Sequence[ParamsLike]
@@ -13,7 +15,7 @@ GroupsLike = str | Sequence[ParamsLike]
 
 
 def resolve_params(params: ParamsLike, model: nn.Module | None, argument: str) -> dict[str, Tensor]:
-    """The trainable parameters that a user means, by name, each once.
+    """The trainable parameters that a user means, by name, each once; those that FSDP2 has gathered as it stores them.
 
     Args:
         params: See `ParamsLike`.
@@ -35,8 +37,10 @@ def resolve_params(params: ParamsLike, model: nn.Module | None, argument: str) -
         names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, Tensor] = {}
     seen: set[int] = set()
+    stored = stored_parameters([m for m in (model, *entries) if isinstance(m, nn.Module)])
 
     def add(name: str, p: Tensor) -> None:
+        p = stored.get(id(p), p)
         if id(p) in seen:
             return
         seen.add(id(p))

@@ -10,13 +10,14 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
 from fastmtl.cut import Cut, cut
 from fastmtl.engine import refuse_unsupported
 from fastmtl.losses import Losses, stack_scalars
 from fastmtl.rows import ThroughBackward, ThroughGrad
+from fastmtl.sharded import gathered_once
 
 # Compiled backward functions that gave tasks the same gradients again after the passes of others.
 _repeatable: weakref.WeakSet[type] = weakref.WeakSet()
@@ -41,6 +42,7 @@ class Passes:
         names: The parameters' names by id, for errors.
         chunk_size: Tasks per pass through the common part; None: whole passes, one after the other.
         row_dtype: What per-task gradients in float32 are stored in; None: as they come.
+        sharded: The model, if some of its parameters are.
     """
 
     losses: Losses
@@ -51,6 +53,7 @@ class Passes:
     names: dict[int, str]
     chunk_size: int | None
     row_dtype: torch.dtype | None
+    sharded: nn.Module | None = None
 
     @property
     def present(self) -> list[int]:
@@ -89,7 +92,7 @@ class Passes:
             rows[task] = row if take is None else take(task, row)
 
         if self.chunk_size is None:
-            with self.through(params) as run:
+            with gathered_once(self.sharded), self.through(params) as run:
                 for t in present:
                     keep_row(t, self._whole(run, t, keep or t < present[-1]))
         elif present:

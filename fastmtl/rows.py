@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from fastmtl.sharded import shard_of
 from fastmtl.sparse import Coalescer, Touched, check_layout, compact
 
 Gradients = Tensor | Sequence[Tensor | Sequence[Tensor | None]]
@@ -264,6 +265,8 @@ class ThroughGrad:
 class ThroughBackward:
     """Fills rows by ``backward`` and takes what it left in ``.grad``: works wherever ``loss.backward()`` does.
 
+    Of sharded parameters, rows are this rank's shards; see `fastmtl.sharded`.
+
     While it is entered, the parameters' own ``.grad`` are set aside; leaving puts them back, also after an error.
     Sparse rows are coalesced, which synchronises with the host.
     """
@@ -293,7 +296,8 @@ class ThroughBackward:
     def take(self) -> list[Tensor | None]:
         """What backward has left in ``.grad`` since the last time."""
         # A view lies in a bucket of DistributedDataParallel, which the next pass overwrites.
-        grads = [g.clone() if g is not None and g._is_view() else g for g in (p.grad for p in self.params)]
+        found = [(p, p.grad) for p in self.params]
         for p in self.params:
             p.grad = None
+        grads = [None if g is None else shard_of(g.clone() if g._is_view() else g, p) for p, g in found]
         return self.coalesce(grads)

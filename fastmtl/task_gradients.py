@@ -26,12 +26,14 @@ from fastmtl.engine import (
     unscaled,
     weighed_losses,
 )
-from fastmtl.exchange import Exchange, Shards, describe_params, finish, has_static_graph, weighted
+from fastmtl.exchange import Exchange, describe_param, describe_params, finish, has_static_graph, weighted
 from fastmtl.losses import Losses, LossesLike, numbered, parse_losses
 from fastmtl.parameters import GroupsLike, ParamsLike, check_one_device, resolve_groups, resolve_params
 from fastmtl.passes import explain_freed_graph
 from fastmtl.result import Result
 from fastmtl.rows import Rows, ThroughBackward
+from fastmtl.sharded import is_sharded
+from fastmtl.sharded_exchange import SAME_TASKS, ShardedExchange, ranks_of_sharded
 from fastmtl.weighting.base import LossWeighting
 
 
@@ -102,6 +104,7 @@ class TaskGradients:
         self._rows: list[list[Tensor | None] | None] = [None] * self.num_tasks
         self._losses: list[Tensor | None] = [None] * self.num_tasks
         self._static_graph = False
+        self._left_behind: int | None = None  # a task whose last pass left no gradient in sharded parameters
 
     def backward(self, task: int, loss: Tensor, retain_graph: bool = False) -> None:
         """Run ``loss.backward()`` and keep the shared parameters' gradients as this task's.
@@ -128,10 +131,14 @@ class TaskGradients:
     def task(self, task: int) -> Iterator[None]:
         """All backward passes within are this task's. Losses are not seen: hand them to `combine` where needed."""
         self._name(task)
+        if self._left_behind not in (None, task):
+            self._refuse_left_behind()
         with ThroughBackward([*self.shared, *self.heads]) as run:
             yield
             new = run.take()
             refuse_unsupported(run.params, new, self._param_names)
+        sharded = [g for p, g in zip(run.params, new, strict=True) if is_sharded(p)]
+        self._left_behind = task if sharded and all(g is None for g in sharded) else None
         old = self._rows[task]
         self._rows[task] = new if old is None else [_sum(a, b) for a, b in zip(old, new, strict=True)]
 
@@ -165,10 +172,14 @@ class TaskGradients:
         Raises:
             ValueError: No rows, missing losses, or heads that would have to be scaled and were not given. Rows,
                 ``.grad`` and the method's state are then as before.
+            RuntimeError: Ranks differ; FSDP2 has gradients that it was told not to synchronise.
         """
         check_method(method)
         check_nonfinite(nonfinite, self.scaler)
-        ranks = ranks_of(process_group)
+        self._refuse_left_behind()
+        params = [*self.shared, *self.heads]
+        sharded = any(map(is_sharded, params))
+        ranks = ranks_of_sharded(process_group, params) if sharded else ranks_of(process_group)
         if ranks is None and all(row is None for row in self._rows):
             raise ValueError("combine: no task has run a backward pass yet")
         if (isinstance(method, LossWeighting) or method.scale_heads) and not self.heads:
@@ -190,12 +201,13 @@ class TaskGradients:
                 "options": [options],
                 "shared_params": describe_params(shared),
                 "groups": [str(self._groups)],
-                "heads": [f"{list(p.shape)} {p.dtype}" for p in self.heads],
+                "heads": [describe_param(p) for p in self.heads],
             }
             here = [row is not None for row in self._rows]
-            exchange = Exchange(
-                ranks, method, parsed, here, self.names, self.shared[0].device, call, self._static_graph
-            )
+            others = method, parsed, here, self.names, self.shared[0].device, call, self._static_graph
+            if sharded:
+                call[SAME_TASKS] = [name for name, x in zip(self.names, here, strict=True) if x]
+            exchange = ShardedExchange(params, ranks, *others) if sharded else Exchange(ranks, *others)
             return self._combine_over_ranks(exchange, method, nonfinite, max_norm, precision)
         rows = Rows.by_task([r and r[:n] for r in self._rows], self._groups, self._num_groups)
         heads = Rows.by_task([r and r[n:] for r in self._rows])
@@ -225,7 +237,7 @@ class TaskGradients:
                 grads = exchange.average(params, weighted(self._rows, len(params), weights))
                 accumulate((params, Rows.by_task([grads]), None))
             return self._finish(weights.expand(self._num_groups, -1), None)
-        shards = Shards(exchange, self.shared, self._groups, self._num_groups)
+        shards = exchange.collect(self.shared, self._groups, self._num_groups)
         rest = [None if row is None else shards.add(t, row)[len(self.shared) :] for t, row in enumerate(self._rows)]
         weights, gramian = finish(shards, self.heads, rest, method, scale, nonfinite, max_norm, precision)
         return self._finish(weights, gramian)
@@ -255,6 +267,14 @@ class TaskGradients:
                     raise ValueError(f"loss of {name}: the task has a gradient but no loss")
             items = list(parsed.items)
         return Losses(self.names, tuple(x if p else None for p, x in zip(present, items, strict=True)))
+
+    def _refuse_left_behind(self) -> None:
+        """Gradients that FSDP2 has not reduced would count for the next task."""
+        if self._left_behind is not None:
+            raise RuntimeError(
+                f"{self.names[self._left_behind]}: its last backward pass left no gradient in the sharded parameters; "
+                "after set_requires_gradient_sync(False), set it to True for each task's last pass"
+            )
 
     def _name(self, task: int) -> str:
         if not isinstance(task, int) or not 0 <= task < self.num_tasks:
