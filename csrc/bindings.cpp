@@ -124,6 +124,20 @@ py::tuple gradvac(const Doubles& gramian, const Doubles& targets, const std::opt
   return py::make_tuple(weights, new_targets);
 }
 
+py::tuple fairgrad(const Doubles& gramian, const std::optional<Bools>& mask, const std::optional<Doubles>& preference,
+                   double alpha) {
+  const Problems problems = problems_of(gramian, mask);
+  if (preference) require(sizes_of(*preference) == Sizes{gramian.shape(1)}, "preference: expected shape [T]");
+  Doubles weights = new_weights(gramian);
+  Doubles gap(Sizes{gramian.shape(0)});
+  const FairGrad method{alpha, preference ? preference->data() : nullptr, weights.mutable_data(), gap.mutable_data()};
+  {
+    py::gil_scoped_release release;
+    fairgrad_cpu(problems, method);
+  }
+  return py::make_tuple(weights, gap);
+}
+
 // The random orders [T,T] of one problem.
 Longs random_orders(int num_tasks, int64_t seed, int64_t step, int64_t problem) {
   require(num_tasks >= 0 && num_tasks <= 65536, "num_tasks: expected 0 to 65536");
@@ -187,4 +201,5 @@ PYBIND11_MODULE(_C, m) {
         "step"_a, "include_self"_a, "mean"_a);
   m.def("gradvac", &fastmtl::gradvac, "gramian"_a, "targets"_a, "mask"_a.none(true), "order_kind"_a,
         "order"_a.none(true), "seed"_a, "step"_a, "beta"_a, "ema_first"_a, "ema_always"_a);
+  m.def("fairgrad", &fastmtl::fairgrad, "gramian"_a, "mask"_a.none(true), "preference"_a.none(true), "alpha"_a);
 }

@@ -273,6 +273,17 @@ std::tuple<Tensor, Tensor> gradvac(const Tensor& gramian, std::optional<Tensor> 
   return {weights, moved};
 }
 
+std::tuple<Tensor, Tensor> fairgrad(const Tensor& gramian, std::optional<Tensor> mask, std::optional<Tensor> preference,
+                                    double alpha) {
+  auto g = problems_of(gramian, mask);
+  if (preference) check_double(*preference, {g.sizes[1]}, g.device, "preference");
+  Tensor weights = new_double(g.sizes, g.device), gap = new_double({g.sizes[0]}, g.device);
+  FairGrad args{alpha, preference ? preference->const_data_ptr<double>() : nullptr, weights.mutable_data_ptr<double>(),
+                gap.mutable_data_ptr<double>()};
+  FASTMTL_SOLVE(fairgrad, g, args);
+  return {weights, gap};
+}
+
 template <class Library>
 void implement(Library& m) {
   m.impl("gram", &gram_boxed);
@@ -282,6 +293,7 @@ void implement(Library& m) {
   m.impl("frank_wolfe", TORCH_BOX(&frank_wolfe));
   m.impl("pcgrad", TORCH_BOX(&pcgrad));
   m.impl("gradvac", TORCH_BOX(&gradvac));
+  m.impl("fairgrad", TORCH_BOX(&fairgrad));
 }
 
 }  // namespace
@@ -301,6 +313,7 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
   m.def(
       "gradvac(Tensor gramian, Tensor? mask, Tensor? order, Tensor? rng, int order_kind, Tensor targets, float beta,"
       " bool ema_first, bool ema_always) -> (Tensor, Tensor)");
+  m.def("fairgrad(Tensor gramian, Tensor? mask, Tensor? preference, float alpha) -> (Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) { fastmtl::implement(m); }
 #ifdef WITH_CUDA

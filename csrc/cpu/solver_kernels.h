@@ -26,6 +26,11 @@ FASTMTL_SOLVER void one_gradvac_row(const Problem& problem, const GradVac& metho
   gradvac_row(HostTeam(), problem, method.order, rule, row, targets, new_targets, scratch, coefficients);
 }
 
-constexpr SolverKernels kSolverKernels = {min_norm, bounded_min_norm, frank_wolfe, one_pcgrad_row, one_gradvac_row};
+FASTMTL_SOLVER double fairgrad(const Problem& problem, const FairGrad& method, double* scratch, double* weights) {
+  return fairgrad_problem(HostTeam(), problem, method, scratch, weights);
+}
+
+constexpr SolverKernels kSolverKernels = {min_norm,       bounded_min_norm, frank_wolfe,
+                                          one_pcgrad_row, one_gradvac_row,  fairgrad};
 
 #undef FASTMTL_SOLVER

@@ -7,6 +7,7 @@
 
 #include "../parallel.h"
 #include "../solvers/bounded_min_norm.h"
+#include "../solvers/fairgrad.h"
 #include "../solvers/frank_wolfe.h"
 #include "../solvers/gradvac.h"
 #include "../solvers/min_norm.h"
@@ -23,6 +24,7 @@ struct SolverKernels {
   void (*pcgrad_row)(const Problem&, const PCGrad&, int row, double* scratch, double* coefficients);
   void (*gradvac_row)(const Problem&, const GradVac&, int row, const double* targets, double* new_targets,
                       double* scratch, double* coefficients);
+  double (*fairgrad)(const Problem&, const FairGrad&, double* scratch, double* weights);
 };
 
 }  // namespace
@@ -137,6 +139,14 @@ void gradvac_cpu(const Problems& problems, const GradVac& method) {
       kernels.gradvac_row(problem, method, row, targets + row * t, new_targets + row * t, scratch + t, coefficients);
       for (int64_t j = 0; j < t; ++j) weights[j] += coefficients[j];
     }
+  });
+}
+
+void fairgrad_cpu(const Problems& problems, const FairGrad& method) {
+  const int64_t t = problems.num_tasks;
+  const SolverKernels& kernels = solver_kernels();
+  for_each_problem(problems, fairgrad_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
+    method.gap[k] = kernels.fairgrad(problem_at(problems, k), method, scratch, method.weights + k * t);
   });
 }
 

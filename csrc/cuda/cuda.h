@@ -31,5 +31,7 @@ size_t pcgrad_cuda_scratch(const Problems&);
 cudaError_t pcgrad_cuda(const Problems&, const PCGrad&, void* scratch, cudaStream_t stream);
 size_t gradvac_cuda_scratch(const Problems&);
 cudaError_t gradvac_cuda(const Problems&, const GradVac&, void* scratch, cudaStream_t stream);
+size_t fairgrad_cuda_scratch(const Problems&);
+cudaError_t fairgrad_cuda(const Problems&, const FairGrad&, void* scratch, cudaStream_t stream);
 
 }  // namespace fastmtl

@@ -1,9 +1,10 @@
 // The batched T x T solvers: csrc/solvers/ run by warps and blocks.
 //
 // PCGrad, GradVac: one warp per problem and row i, K * T warps; then the rows' coefficients are added, in order.
-// Min-norm, with and without bounds, Frank-Wolfe: one warp (T <= 32) or one block per problem.
+// Min-norm, with and without bounds, Frank-Wolfe, FairGrad: one warp (T <= 32) or one block per problem.
 // What a solver works on lies in shared memory where it fits, else in the caller's scratch.
 #include "../solvers/bounded_min_norm.h"
+#include "../solvers/fairgrad.h"
 #include "../solvers/frank_wolfe.h"
 #include "../solvers/gradvac.h"
 #include "../solvers/min_norm.h"
@@ -108,11 +109,12 @@ cudaError_t launch_rows(void (*kernel)(Problems, Args, double*, double*), const 
                 coefficients, args.weights);
 }
 
-// ---- min-norm and Frank-Wolfe: one team per problem ----
+// ---- min-norm, Frank-Wolfe, FairGrad: one team per problem ----
 
 int64_t team_doubles(const MinNorm&, int num_tasks) { return min_norm_scratch(num_tasks); }
 int64_t team_doubles(const BoundedMinNorm&, int num_tasks) { return bounded_min_norm_scratch(num_tasks); }
 int64_t team_doubles(const FrankWolfe&, int num_tasks) { return frank_wolfe_scratch(num_tasks); }
+int64_t team_doubles(const FairGrad&, int num_tasks) { return fairgrad_scratch(num_tasks); }
 
 template <class Team>
 __device__ __forceinline__ double solve(const Team& team, const Problem& problem, const MinNorm&, double* memory,
@@ -131,6 +133,12 @@ template <class Team>
 __device__ __forceinline__ double solve(const Team& team, const Problem& problem, const FrankWolfe& args,
                                         double* memory, double* weights) {
   return frank_wolfe_problem(team, problem, args, memory, weights);
+}
+
+template <class Team>
+__device__ __forceinline__ double solve(const Team& team, const Problem& problem, const FairGrad& args, double* memory,
+                                        double* weights) {
+  return fairgrad_problem(team, problem, args, memory, weights);
 }
 
 template <class Team, class Args>
@@ -206,6 +214,12 @@ cudaError_t bounded_min_norm_cuda(const Problems& problems, const BoundedMinNorm
 size_t frank_wolfe_cuda_scratch(const Problems& problems) { return team_scratch<FrankWolfe>(problems); }
 
 cudaError_t frank_wolfe_cuda(const Problems& problems, const FrankWolfe& args, void* scratch, cudaStream_t stream) {
+  return launch_teams(problems, args, scratch, stream);
+}
+
+size_t fairgrad_cuda_scratch(const Problems& problems) { return team_scratch<FairGrad>(problems); }
+
+cudaError_t fairgrad_cuda(const Problems& problems, const FairGrad& args, void* scratch, cudaStream_t stream) {
   return launch_teams(problems, args, scratch, stream);
 }
 

@@ -68,10 +68,20 @@ struct GradVac {
   double* weights;
 };
 
+// (Mw)_t = p_t w_t^(-1/alpha), w > 0: fair to the degree alpha. preference [T]: p; null: 1. gap [K]: the largest
+// relative error of an equation, infinity where there is no solution (then all weights are 0).
+struct FairGrad {
+  double alpha;
+  const double* preference;
+  double* weights;
+  double* gap;
+};
+
 void min_norm_cpu(const Problems&, const MinNorm&);
 void bounded_min_norm_cpu(const Problems&, const BoundedMinNorm&);
 void frank_wolfe_cpu(const Problems&, const FrankWolfe&);
 void pcgrad_cpu(const Problems&, const PCGrad&);
 void gradvac_cpu(const Problems&, const GradVac&);
+void fairgrad_cpu(const Problems&, const FairGrad&);
 
 }  // namespace fastmtl
