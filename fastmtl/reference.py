@@ -179,6 +179,27 @@ def _frank_wolfe_start(m: Floats, start: str) -> Floats:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
+def fairgrad(
+    gramian: Tensor, mask: Tensor | None = None, preference: Tensor | None = None, alpha: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """As `fastmtl.ops.fairgrad`, by descent on the logarithms of the equations, from near the min-norm point."""
+    weights, error = np.zeros(gramian.shape[:2]), np.zeros(gramian.shape[0])
+    p = np.ones(gramian.shape[1]) if preference is None else _to_host(preference)
+    for k, present, m in _problems(gramian, mask):
+        counts = p[present] > 0
+        tasks, m_counts = present[counts], m[np.ix_(counts, counts)]
+        if not np.isfinite(m).all():
+            weights[k], error[k] = np.nan, np.nan
+        elif tasks.size:
+            found = _fair(m_counts, p[tasks], 1 / alpha)
+            error[k] = np.inf
+            if found is not None:
+                wrong = np.abs(m_counts @ found - (found / p[tasks]) ** (-1 / alpha))
+                weights[k, tasks], error[k] = found, (wrong / (np.abs(m_counts) @ found)).max()
+    return _like(gramian, weights), _like(gramian, error)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def pcgrad(
     gramian: Tensor,
     mask: Tensor | None = None,
@@ -370,6 +391,44 @@ def philox4x32(counter: Sequence[NDArray[np.uint64]], key: tuple[int, int]) -> l
         x2, x3 = (product0 >> np.uint64(32)) ^ x3 ^ np.uint64(key1), product0 & _LOW
         key0, key1 = (key0 + 0x9E3779B9) & 0xFFFFFFFF, (key1 + 0xBB67AE85) & 0xFFFFFFFF
     return [x0, x1, x2, x3]
+
+
+def _fair(m: Floats, p: Floats, exponent: float) -> Floats | None:
+    """``w > 0`` with ``(m w)_t = (w_t / p_t)^-exponent``, or None, by Newton's method with step halving in log(w).
+
+    Each step makes all the equations' logarithms smaller in sum of squares. In cosines, as in csrc/solvers/fairgrad.h.
+    """
+    norms = np.sqrt(m.diagonal())
+    if not norms.all():
+        return None
+    cosines = m / norms[:, None] / norms
+    goal = exponent * np.log(p) + (exponent - 1) * np.log(norms)
+
+    def lacking(u: Floats) -> Floats:
+        """Infinite where the point does not lie within all half-spaces."""
+        products = cosines @ u
+        inside = products.min() > 0
+        return goal - np.log(products) - exponent * np.log(u) if inside else np.full_like(u, np.inf)
+
+    nearest = _nearest_point(cosines)
+    squared = nearest @ cosines @ nearest
+    if squared <= 1e-14:
+        return None
+    u = nearest + 0.1 * squared / len(m)
+    u *= np.exp(lacking(u).mean() / (1 + exponent))
+    rest = lacking(u)
+    for _ in range(1000):
+        products = cosines @ u
+        step = np.linalg.solve(cosines + np.diag(exponent * products / u), products * rest)
+        length = min(1.0, 0.9 / max((-step / u).max(), 1e-300))
+        while length > 1e-12 and (lacking(u + length * step) ** 2).sum() >= (rest**2).sum():
+            length /= 2
+        if length <= 1e-12:
+            break
+        u = u + length * step
+        rest = lacking(u)
+    solution: Floats = u / norms
+    return solution
 
 
 # Wolfe's algorithm. Gradients are scaled to length 1, so that tasks of very different size are told apart: with C the

@@ -1,9 +1,11 @@
-// Weights of alpha-fair gradients: (M w)_t = p_t w_t^(-1/alpha), w > 0. Ban, Ji: Fair Resource Allocation in Multi-Task
-// Learning. ICML 2024, equation 4; alpha = 1 is the Nash bargaining solution of Navon et al., ICML 2022, equation 2.
+// Weights of alpha-fair gradients: (M w)_t = (w_t / p_t)^(-1/alpha), w > 0. Ban, Ji: Fair Resource Allocation in
+// Multi-Task Learning. ICML 2024, equation 4; alpha = 1 is the Nash bargaining solution of Navon et al., ICML 2022,
+// equation 2.
 //
-// It is the minimum of 1/2 w^T M w - sum_t p_t phi(w_t), phi' = w^(-1/alpha), strictly convex: at most one solution,
-// and one exactly where 0 is not in the convex hull of the gradients. In cosines C, with n_t = |g_t| and u = n w,
-//   C u = s,     log s_t + (1/alpha) log u_t = log p_t + (1/alpha - 1) log n_t,
+// It is where a strictly convex function, 1/2 w^T M w less a concave one of each w_t, is least: there is at most one
+// solution, and one exactly where 0 is not in the convex hull of the gradients. In cosines C, with n_t = |g_t|, u = n
+// w,
+//   C u = s,     log s_t + (1/alpha) log u_t = (1/alpha) log p_t + (1/alpha - 1) log n_t,
 // where u, s > 0 are both unknown. Newton's step for these two,
 //   (C + diag(s / (alpha u))) du = s r - (C u - s),     ds = s r - s / (alpha u) du,     r: what the logarithms lack,
 // goes at most nine tenths of the way to where an entry of u or s would be 0: a primal-dual interior-point method whose
@@ -50,7 +52,9 @@ struct Fairness {
   double* column;
 
   FASTMTL_HD bool takes_part(int i) const { return scale[i] > 0; }
-  FASTMTL_HD double goal(int i, double exponent) const { return log_preference[i] + (exponent - 1) * log_norm[i]; }
+  FASTMTL_HD double goal(int i, double exponent) const {
+    return exponent * log_preference[i] + (exponent - 1) * log_norm[i];
+  }
 };
 
 FASTMTL_HD Fairness make_fairness(const Problem& problem, double* scratch) {
@@ -148,7 +152,7 @@ FASTMTL_HD bool find_fair(const Team& team, const Fairness& f, double last_expon
 
 }  // namespace detail
 
-// weights [T], and the largest |(M w)_t - p_t w_t^(-1/alpha)|, each relative to the sum of the absolute terms of
+// weights [T], and the largest |(M w)_t - (w_t / p_t)^(-1/alpha)|, each relative to the sum of the absolute terms of
 // (M w)_t; the same on every thread. Without a solution: zeros, and infinity. Nobody takes part (absent, or of
 // preference 0): zeros, and 0. An entry that is not finite: NaN.
 template <class Team>
@@ -187,7 +191,7 @@ FASTMTL_HD double fairgrad_problem(const Team& team, const Problem& problem, con
   const double exponent = 1 / args.alpha;
   if (!detail::find_fair(team, f, exponent)) return detail::kNever;
 
-  const double unit = std::exp((std::log(largest) + (exponent - 1) * std::log(longest)) / (1 + exponent));
+  const double unit = std::exp((exponent * std::log(largest) + (exponent - 1) * std::log(longest)) / (1 + exponent));
   detail::multiply_cosines(team, f);
   double error = 0;
   for (int i = team.rank(); i < num_tasks; i += team.size()) {

@@ -68,7 +68,7 @@ struct GradVac {
   double* weights;
 };
 
-// (Mw)_t = p_t w_t^(-1/alpha), w > 0: fair to the degree alpha. preference [T]: p; null: 1. gap [K]: the largest
+// (Mw)_t = (w_t / p_t)^(-1/alpha), w > 0: fair to the degree alpha. preference [T]: p; null: 1. gap [K]: the largest
 // relative error of an equation, infinity where there is no solution (then all weights are 0).
 struct FairGrad {
   double alpha;

@@ -3,11 +3,13 @@
 from fastmtl.surgery.amortized import Amortized
 from fastmtl.surgery.base import GradientMethod, Step
 from fastmtl.surgery.constant import Constant, Mean, Sum
+from fastmtl.surgery.fairgrad import FairGrad
 from fastmtl.surgery.gradnorm import GradNorm
 from fastmtl.surgery.gradvac import GradVac
 from fastmtl.surgery.krum import Krum
 from fastmtl.surgery.mgda import MGDA
 from fastmtl.surgery.modo import MoDo
+from fastmtl.surgery.nash_mtl import NashMTL
 from fastmtl.surgery.pcgrad import PCGrad
 from fastmtl.surgery.peltr import PELTR
 from fastmtl.surgery.random_grad_weights import RandomGradWeights
@@ -18,12 +20,14 @@ __all__ = [
     "PELTR",
     "Amortized",
     "Constant",
+    "FairGrad",
     "GradNorm",
     "GradVac",
     "GradientMethod",
     "Krum",
     "Mean",
     "MoDo",
+    "NashMTL",
     "PCGrad",
     "RandomGradWeights",
     "SDMGrad",

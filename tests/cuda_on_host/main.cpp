@@ -18,6 +18,7 @@ int main(int argc, char** argv) {
       {"min_norm", min_norm},
       {"bounded_min_norm", bounded_min_norm},
       {"frank_wolfe", frank_wolfe},
+      {"fairgrad", fairgrad},
       {"pcgrad", pcgrad},
       {"gradvac", gradvac},
   };

@@ -9,5 +9,6 @@ void combine();
 void min_norm();
 void bounded_min_norm();
 void frank_wolfe();
+void fairgrad();
 void pcgrad();
 void gradvac();

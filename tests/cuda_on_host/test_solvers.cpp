@@ -1,5 +1,5 @@
 // The solvers on the device: PCGrad, GradVac and Frank-Wolfe against the papers' loops, min-norm by its optimality
-// conditions.
+// conditions, FairGrad by its equations.
 #include "../../csrc/cuda/cuda.h"
 #include "../../csrc/solvers/order.h"
 #include "check.h"
@@ -8,6 +8,7 @@
 namespace {
 
 using fastmtl::BoundedMinNorm;
+using fastmtl::FairGrad;
 using fastmtl::FrankWolfe;
 using fastmtl::GradVac;
 using fastmtl::MinNorm;
@@ -321,6 +322,32 @@ void frank_wolfe_case(const RandomProblems& data, int max_iter, bool pair_start)
   check::within(name, largest_difference(weights, expected), 1e-9);
 }
 
+// preference: of task i, i % 3 / 2, and so 0 for every third.
+void fairgrad_case(const RandomProblems& data, double alpha, bool weighted) {
+  ++check::num_cases;
+  const Problems& problems = data.problems;
+  const check::Exact<double> weights(problems.count * data.t), gap(problems.count), preference(data.t);
+  for (int i = 0; i < data.t; ++i) preference[i] = weighted ? (i + 1) % 3 / 2.0 : 1;
+  const check::Exact<char> scratch(fastmtl::fairgrad_cuda_scratch(problems));
+  const std::string name = "fairgrad T=" + std::to_string(data.t) + " alpha " + std::to_string(alpha);
+  const FairGrad args = {alpha, weighted ? preference.get() : nullptr, weights.get(), gap.get()};
+  check::succeeded(name, fastmtl::fairgrad_cuda(problems, args, scratch.get(), nullptr));
+  for (int64_t k = 0; k < problems.count; ++k) {
+    const std::vector<double> w(weights.get() + k * data.t, weights.get() + (k + 1) * data.t);
+    double worst = 0;
+    for (int i = 0; i < data.t; ++i) {
+      if (!data.present(k, i) || preference[i] == 0) {
+        check::within(name + " weight of a task that takes no part", std::abs(w[i]), 0);
+        continue;
+      }
+      const double gain = product(data, k, w, i), expected = std::pow(w[i] / preference[i], -1 / alpha);
+      worst = check::larger(worst, std::abs(gain - expected) / expected);
+    }
+    check::within(name, worst, 1e-9);
+    check::within(name + " stated error", gap[k], 1e-11);
+  }
+}
+
 }  // namespace
 
 void pcgrad() {
@@ -403,4 +430,24 @@ void frank_wolfe() {
   const FrankWolfe args = {250, 1e-5, false, weights.get(), gap.get()};
   check::succeeded("frank_wolfe", fastmtl::frank_wolfe_cuda(data.problems, args, scratch.get(), nullptr));
   check::within("frank_wolfe: finite weights although M is not", count_finite(weights.get(), 7), 0);
+}
+
+void fairgrad() {
+  for (int t = 1; t <= 40; ++t) fairgrad_case(RandomProblems(2, t, 2 * t + 20, t % 2 == 0), 1 + t % 3, t % 5 == 1);
+  fairgrad_case(RandomProblems(1, 72, 200, true), 0.5, false);
+  fairgrad_case(RandomProblems(2, 104, 250, false), 1, true);  // too large for shared memory
+
+  const RandomProblems data(3, 7, 20, false);
+  for (int j = 0; j < 7; ++j) data.at(0, 4, j) = data.at(0, j, 4) = 0;
+  for (int i = 0; i < 7; ++i) {
+    for (int j = 0; j < 7; ++j) data.at(1, i, j) = i == j ? 1 : -0.25;  // no gradients have this Gramian
+  }
+  data.at(2, 2, 2) = NAN;
+  const check::Exact<double> weights(3 * 7), gap(3);
+  const check::Exact<char> scratch(fastmtl::fairgrad_cuda_scratch(data.problems));
+  const FairGrad args = {1, nullptr, weights.get(), gap.get()};
+  check::succeeded("fairgrad", fastmtl::fairgrad_cuda(data.problems, args, scratch.get(), nullptr));
+  for (int i = 0; i < 14; ++i) check::within("fairgrad: weights without a solution", std::abs(weights[i]), 0);
+  check::within("fairgrad: finite error without a solution", count_finite(gap.get(), 2), 0);
+  check::within("fairgrad: finite weights although M is not", count_finite(weights.get() + 14, 7), 0);
 }

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import fastmtl
-from fastmtl import MGDA, PELTR, Constant, GradNorm, GradVac, Krum, Mean, MoDo, PCGrad, SDMGrad, Sum
+from fastmtl import MGDA, PELTR, Constant, FairGrad, GradNorm, GradVac, Krum, Mean, MoDo, NashMTL, PCGrad, SDMGrad, Sum
 
 JACOBIAN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
 
@@ -25,6 +25,8 @@ def tensor(*values: float) -> Tensor:
         (MGDA("frank_wolfe"), (0.6, 0.4), (0, 1, 1)),
         (PELTR((0.7, 0.2)), (0.7, 0.3), (-1, 1, 1)),
         (PELTR((0.7, 0.2), "relaxed"), (0.7, 0.3), (-1, 1, 1)),
+        (NashMTL(rescale="sum_to_one"), (0.5923, 0.4077), (0.0767, 1, 1)),  # of norm 1: (.0542, .7061, .7061)
+        (FairGrad(1.0), (0.5915, 0.4071), (0.0766, 0.9985, 0.9985)),
         (PCGrad(), (2.2222, 1.5789), (0.5848, 3.8012, 3.8012)),
         (GradVac(), (2.2222, 1.5789), (0.5848, 3.8012, 3.8012)),
         (PCGrad(reduction="mean"), (1.1111, 0.7895), (0.2924, 1.9006, 1.9006)),
