@@ -222,7 +222,7 @@ def test_overflow_on_one_rank(ranks: Ranks, method: str, way: str) -> None:
     assert skipped == [step % 5 == 2 for step in range(1, 20)]
 
 
-@pytest.mark.parametrize("method", SIX)
+@pytest.mark.parametrize("method", ["PCGrad", "GradNorm", "UncertaintyWeighting"])
 def test_a_single_rank_is_no_ranks(ranks: Ranks, method: str) -> None:
     compare(ranks, 1, 0.0, method)
 
