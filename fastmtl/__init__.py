@@ -12,6 +12,7 @@ from fastmtl.backward import backward
 from fastmtl.labels import labelled_losses
 from fastmtl.layer import FeatureSurgery
 from fastmtl.methods import from_name
+from fastmtl.monitor import Monitor
 from fastmtl.result import Result
 from fastmtl.surgery import (
     MGDA,
@@ -85,6 +86,7 @@ __all__ = [
     "LossWeighting",
     "Mean",
     "MoDo",
+    "Monitor",
     "NashMTL",
     "PCGrad",
     "RandomGradWeights",

@@ -1,4 +1,4 @@
-"""``python -m fastmtl info|methods|demo``."""
+"""``python -m fastmtl info|methods|doctor|demo``."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ USAGE = """usage: python -m fastmtl COMMAND
 
   info     versions, and the state of the compiled extension
   methods  every method: what it answers, needs, keeps and costs (--markdown)
+  doctor   LOG  read a log of fastmtl.Monitor (.jsonl, .csv): which trouble, and what answers it (--plot FILE)
   demo     train 25 tasks on customer reviews, or 150 on groceries, with every method (--help for options)
 """
 
@@ -50,6 +51,27 @@ def info() -> int:
     return 0
 
 
+def doctor(argv: list[str]) -> int:
+    """Print what a log of `fastmtl.Monitor` says; returns the exit status."""
+    import argparse
+
+    from fastmtl import diagnosis
+
+    parser = argparse.ArgumentParser(prog="python -m fastmtl doctor", description=doctor.__doc__)
+    parser.add_argument("log", help="a .jsonl or .csv file that fastmtl.Monitor has written")
+    parser.add_argument("--plot", metavar="FILE", help="also draw it (.png, .pdf, .svg)")
+    arguments = parser.parse_args(argv)
+    try:
+        records, names = diagnosis.read(arguments.log)
+        print(diagnosis.report(records, names))
+    except (OSError, ValueError) as error:
+        print(f"python -m fastmtl doctor: {error}", file=sys.stderr)
+        return 1
+    if arguments.plot:
+        diagnosis.plot(records, names).savefig(arguments.plot, dpi=110)
+    return 0
+
+
 def main(argv: list[str]) -> int:
     """Run a command; returns the exit status."""
     command, rest = (argv[0], argv[1:]) if argv else ("--help", [])
@@ -63,6 +85,8 @@ def main(argv: list[str]) -> int:
             return 2
         print(methods.markdown() if rest else methods.text())
         return 0
+    if command == "doctor":
+        return doctor(rest)
     if command == "demo":
         from fastmtl import demo
 

@@ -38,6 +38,7 @@ from fastmtl.sharded_exchange import SAME_TASKS, ShardedExchange, ranks_of_shard
 from fastmtl.surgery.amortized import Amortized
 from fastmtl.surgery.base import GradientMethod
 from fastmtl.surgery.constant import Sum
+from fastmtl.watch import tell
 from fastmtl.weighting.base import LossWeighting
 
 FILLERS = ("auto", "grad", "backward")
@@ -238,6 +239,7 @@ def backward(
                 if method.positional:
                     method.remember(parsed.names)
                 _one_pass(passes, method, [*candidates.values()], heads, held, max_norm, exchange)
+                tell(method, parsed.names, held, losses=parsed if exchange is None else exchange.losses)
                 return Result.of(_grads(candidates.values()), held, None, grouped=False)
     if lean is not None:
         with restored_on_error(method):

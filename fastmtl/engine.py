@@ -15,6 +15,7 @@ from fastmtl.losses import Losses
 from fastmtl.rows import Rows, constant_mask
 from fastmtl.sharded import shards_written
 from fastmtl.surgery.base import GradientMethod, Step
+from fastmtl.watch import tell
 from fastmtl.weighting.base import LossWeighting
 
 Method = GradientMethod | LossWeighting
@@ -163,6 +164,7 @@ def decide(
         bad = ", ".join(name for name, fine in zip(names, ok, strict=True) if not fine)
         raise FloatingPointError(f"gradient or loss not finite: {bad}")
     weights = method.weigh(step)
+    tell(method, names, weights, gramian=gramian, mask=step.mask, losses=losses)
     solved = None if mask is None else mask.any(0)
     return Decision(weights if max_norm is None else clip(weights, gramian, max_norm), solved, kept)
 
@@ -229,6 +231,7 @@ def weighed_losses(
                 method.process_group = group
         else:
             total, weights = method.slopes(losses.items)
+        tell(method, losses.names, weights.unsqueeze(0), losses=losses)
         yield weights
         if total.requires_grad:
             total.backward(None if scale is None else scale.to(total.dtype))

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from fastmtl import ops
+from fastmtl import ops, watch
 from fastmtl.checks import whole
 from fastmtl.distributed import Group, Ranks, check_group, ranks_of, several
 from fastmtl.engine import Method, check_method, decide, restored_on_error, scale_of, unscaled
@@ -427,7 +427,9 @@ class FeatureSurgery(nn.Module):
 
     @property
     def _reads_losses(self) -> bool:
-        return self.nonfinite != "propagate" or bool(self.method.needs_losses)
+        """A `Monitor` reads them too, but where ranks exchange what they read: all have to read the same."""
+        watched = watch.is_watched(self.method) and not several(self.process_group)
+        return self.nonfinite != "propagate" or bool(self.method.needs_losses) or watched
 
     def _begin(self, total: _Total, grad: Tensor) -> None:
         """The backward pass of a `total` begins."""

@@ -11,10 +11,11 @@ from torch import Tensor
 
 from fastmtl.checks import choice
 from fastmtl.facts import Facts
-from fastmtl.losses import LossesLike, parse_losses
+from fastmtl.losses import LossesLike, numbered, parse_losses
 from fastmtl.random import new_rng
 from fastmtl.state import Stateful, commit
 from fastmtl.surgery.normalization import APPLY_TO, NORMALIZATIONS, normalize, normalizers
+from fastmtl.watch import tell
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -218,15 +219,16 @@ class GradientMethod(Stateful):
                 "gramian: expected a symmetric matrix of dot products; for a Jacobian use fastmtl.aggregate"
             )
         present = None if mask is None else mask.to(m.device, torch.bool).expand(m.shape[:2]).contiguous()
-        values = None
-        if self.needs_losses:
-            if losses is None:
-                raise ValueError(f"losses: {type(self).__name__} needs the values of the losses")
-            parsed = parse_losses(losses, differentiable=False)
-            if len(parsed) != m.shape[-1]:
-                raise ValueError(f"losses: expected {m.shape[-1]} tasks, found {len(parsed)}")
-            values = parsed.values().to(m.device)
-        weights = self.weigh(Step(m.contiguous(), present, values))
+        if self.needs_losses and losses is None:
+            raise ValueError(f"losses: {type(self).__name__} needs the values of the losses")
+        parsed = None if losses is None else parse_losses(losses, differentiable=False)
+        if parsed is not None and len(parsed) != m.shape[-1]:
+            raise ValueError(f"losses: expected {m.shape[-1]} tasks, found {len(parsed)}")
+        values = parsed.values().to(m.device) if parsed is not None and self.needs_losses else None
+        m = m.contiguous()
+        weights = self.weigh(Step(m, present, values))
+        names = numbered(m.shape[-1]) if parsed is None else parsed.names
+        tell(self, names, weights, gramian=m, mask=present, losses=parsed)
         return weights if gramian.dim() == 3 else weights[0]
 
 

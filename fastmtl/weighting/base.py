@@ -15,6 +15,7 @@ from fastmtl.distributed import Group, agree_on_losses, device_of, ranks_of, sev
 from fastmtl.facts import Facts
 from fastmtl.losses import Losses, LossesLike, parse_losses, spread, stack_scalars
 from fastmtl.state import Stateful
+from fastmtl.watch import tell
 
 UNCHANGED_CALLS = 100
 
@@ -75,6 +76,12 @@ class LossWeighting(Stateful):
         Returns:
             A scalar in the losses' dtype, at least float32.
         """
+        parsed, total = self._weigh(losses)
+        if torch.is_grad_enabled() and self._weights is not None:
+            tell(self, parsed.names, self._weights.unsqueeze(0), losses=parsed)
+        return total
+
+    def _weigh(self, losses: LossesLike) -> tuple[Losses, Tensor]:
         shared = self.training and torch.is_grad_enabled() and several(self.process_group)
         parsed = parse_losses(losses, differentiable=False, empty=shared)
         if self.num_tasks is not None and len(parsed) != self.num_tasks:
@@ -86,12 +93,11 @@ class LossWeighting(Stateful):
             device = parsed.device if parsed.present else self._device()
             zero = parsed.present[0].detach().new_zeros(()) if parsed.present else torch.zeros((), device=device)
             values = stack_scalars([zero if x is None else x for x in parsed.items])
-            return self.scalar(values, None, agree_on_losses(self.process_group, parsed.items, device))
-        values = stack_scalars(parsed.present)
-        if len(values) == len(parsed):
-            return self.scalar(values, None)
-        tasks = [t for t, x in enumerate(parsed.items) if x is not None]
-        return self.scalar(values, tasks)
+            total = self.scalar(values, None, agree_on_losses(self.process_group, parsed.items, device))
+        else:
+            tasks = [t for t, x in enumerate(parsed.items) if x is not None]
+            total = self.scalar(stack_scalars(parsed.present), None if len(tasks) == len(parsed) else tasks)
+        return parsed, total
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def _meet(self, losses: Losses) -> None:
@@ -168,7 +174,7 @@ class LossWeighting(Stateful):
             warnings.warn(
                 f"{type(self).__name__}: its parameters have not changed for {UNCHANGED_CALLS} calls: "
                 "are they in an optimizer? (parameter_group())",
-                stacklevel=4,
+                stacklevel=5,
             )
 
     def slopes(self, losses: Sequence[Tensor | None]) -> tuple[Tensor, Tensor]:
@@ -186,7 +192,7 @@ class LossWeighting(Stateful):
         """
         with torch.enable_grad():
             leaves = [None if x is None else _wide(x.detach()).requires_grad_() for x in losses]
-            total = self(leaves)
+            _, total = self._weigh(leaves)
             present = [x for x in leaves if x is not None]
             slopes = torch.autograd.grad(total, present, retain_graph=True, allow_unused=True)
         found = iter(slopes)
