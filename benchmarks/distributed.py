@@ -142,6 +142,7 @@ WAYS: dict[str, tuple[Callable[[nn.Module, Net, Any], Step], str]] = {
     "FeatureSurgery, DDP": (layer, "DDP"),
     "FeatureSurgery, FSDP2": (layer, "FSDP2"),
     "fastmtl.backward, DDP": (backward, "DDP"),
+    "fastmtl.backward, FSDP2": (backward, "FSDP2"),
     "TorchJD": (peer(), "DDP"),
     "TorchJD, .grad averaged": (peer(".grad"), "DDP"),
     "TorchJD, .jac averaged": (peer(".jac"), "DDP"),
@@ -282,6 +283,8 @@ def formula(case: Case, size: int, plain: int) -> int:
         learned = b * _count(method.parameters())  # FSDP2 gathers them and scatters their gradients
         return plain + surgery + (learned if way.endswith("DDP") else 2 * learned)
     same = 8 * 3 * size + 16 * t  # the handshake; presence and losses
+    if way.endswith("FSDP2"):  # which reduces the trunk's gradients once in the plain step, here for each task
+        return plain + same + (0 if weighting else b * (t - 1) * p + 8 * t * t)
     reached = len(heads) + len(shared) * (1 if weighting else t)
     if weighting:
         return b * (p + h) + same + reached
