@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Iterable, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import Any
 
@@ -113,7 +114,8 @@ def backward(
         ValueError: A loss without graph, an unknown option or name, options that exclude each other. ``.grad`` and the
             method's state are then as before.
         FloatingPointError: With ``nonfinite="raise"``.
-        RuntimeError: Ranks have other tasks, parameters, methods or options; on every rank.
+        RuntimeError: Ranks have other tasks, parameters, methods or options, or one failed in its backward passes; on
+            every rank.
 
     Note:
         Cost: T backward passes through the shared part (one, if ``method`` is a loss weighting, or looks at no
@@ -252,7 +254,8 @@ def backward(
         check_one_device(candidates, "shared_params")
         indices, num_groups = resolve_groups(groups, candidates, model)
         shards = exchange.collect([*candidates.values()], indices, num_groups, row_dtype)
-        tasks = replace(passes, row_dtype=None).per_task(params, take=shards.add)
+        with exchange.passes(len(exchange.present), len(candidates), shards):
+            tasks = replace(passes, row_dtype=None).per_task(params, take=shards.add)
         columns = _columns(tasks, range(len(candidates), len(params)))
         weights, gramian = finish(shards, heads, columns, method, scale, nonfinite, max_norm, precision)
         return Result.of(_grads(candidates.values()), weights, gramian, grouped)
@@ -350,7 +353,8 @@ def _weigh_losses(passes: Passes, method: LossWeighting, params: Sequence[Tensor
     """One pass for everything, the heads weighted too, as by ``method(losses).backward()``; returns ``weights [T]``."""
     losses = passes.losses if exchange is None else exchange.losses
     with weighed_losses(method, losses, passes.scale, alone=True) as weights:
-        grads = passes.weighted(params, weights)
+        with nullcontext() if exchange is None else exchange.passes(1, len(params)):
+            grads = passes.weighted(params, weights)
         if exchange is not None:
             grads = exchange.average(params, grads)
         accumulate((params, Rows.by_task([grads]), None))
@@ -382,7 +386,8 @@ def _on_gramian_params(
     else:
         losses = exchange.losses
         shards = exchange.collect(lean, row_dtype=passes.row_dtype, argument="gramian_params")
-        replace(passes, row_dtype=None).per_task([*lean, *aside], then_more=True, take=shards.add)
+        with exchange.passes(len(exchange.present), len(lean), shards):
+            replace(passes, row_dtype=None).per_task([*lean, *aside], then_more=True, take=shards.add)
         gramian, mask = shards.gramian(precision, passes.scale)
         del shards
     decision = decide(method, gramian, mask, losses, passes.losses.names, nonfinite, max_norm)
@@ -403,11 +408,12 @@ def _one_pass(
     exchange: Exchange | None = None,
 ) -> None:
     """One pass with known ``weights [1, T]``; before it a short one where heads stay unweighted."""
-    if not heads or method.scale_heads or _is_plain_sum(method):
-        grads, plain = passes.weighted([*shared, *heads], weights[0]), []
-    else:
-        plain = passes.weighted(heads, None, then_more=True, aside=shared)
-        grads = passes.weighted(shared, weights[0], aside=heads)
+    with nullcontext() if exchange is None else exchange.passes(1, len(shared) + len(heads)):
+        if not heads or method.scale_heads or _is_plain_sum(method):
+            grads, plain = passes.weighted([*shared, *heads], weights[0]), []
+        else:
+            plain = passes.weighted(heads, None, then_more=True, aside=shared)
+            grads = passes.weighted(shared, weights[0], aside=heads)
     if exchange is not None:
         grads, plain = exchange.average([*shared, *heads], [*grads, *plain]), []
     rows, rest = Rows.by_task([grads[: len(shared)]]), Rows.by_task([[*grads[len(shared) :], *plain]])
@@ -502,7 +508,8 @@ def _discover_over_ranks(
         marks[task] = [int(g is not None) for g in row[: len(params)]]
         return ()
 
-    passes.per_task([*params, *heads], then_more=True, take=take)
+    with exchange.passes(len(marks), len(params)):
+        passes.per_task([*params, *heads], then_more=True, take=take)
     tasks = [
         [p if mark else None for p, mark in zip(params, row, strict=True)] if there else None
         for there, row in zip(exchange.present, exchange.most(marks), strict=True)

@@ -11,7 +11,8 @@ from __future__ import annotations
 import hashlib
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -37,7 +38,7 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or getattr(d
 _all_gather: Any = getattr(dist, "all_gather_single", None) or getattr(dist, "all_gather_into_tensor", None)
 
 Row = Sequence[Tensor | None]
-_NONE, _DENSE, _SPARSE = 0, 1, 2  # what a rank has for a gradient; of several ranks the largest counts
+_NONE, _DENSE, _SPARSE, _FAILED = 0, 1, 2, 255  # what a rank has for a gradient; of several ranks the largest counts
 
 _aligned: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -127,12 +128,51 @@ class Exchange:
         """
         return Shards(self, params, groups, num_groups, row_dtype, argument)
 
-    def most(self, marks: Sequence[Sequence[int]], ranks: Ranks | None = None) -> list[list[int]]:
-        """The elementwise maximum over the ranks of a matrix of numbers 0..255; synchronises with the host."""
+    def most(
+        self, marks: Sequence[Sequence[int]], ranks: Ranks | None = None, error: Exception | None = None
+    ) -> list[list[int]]:
+        """The elementwise maximum over the ranks of a matrix of numbers 0..254; synchronises with the host.
+
+        Args:
+            marks: The matrix.
+            ranks: None: all.
+            error: What keeps this rank from going on: the matrix is not read then.
+
+        Raises:
+            RuntimeError: A rank has an error; on every rank.
+        """
         table = torch.tensor(marks, dtype=torch.uint8, device=self.device)
-        if table.numel() > 0:
-            dist.all_reduce(table, op=dist.ReduceOp.MAX, group=(ranks or self.ranks).group)
-        return table.tolist()
+        if table.numel() == 0:
+            return table.tolist()
+        if error is not None:
+            table.fill_(_FAILED)
+        dist.all_reduce(table, op=dist.ReduceOp.MAX, group=(ranks or self.ranks).group)
+        found: list[list[int]] = table.tolist()
+        if found[0][0] == _FAILED:
+            words: list[Any] = [None] * self.ranks.size
+            dist.all_gather_object(words, error and f"{type(error).__name__}: {error}", group=self.ranks.group)
+            rank = next(r for r, text in enumerate(words) if text is not None)
+            name = dist.get_global_rank(self.ranks.group, rank)
+            raise RuntimeError(f"rank {name} failed in its backward passes: {words[rank]}")
+        return found
+
+    @contextmanager
+    def passes(self, num_tasks: int, num_params: int, shards: Collected | None = None) -> Iterator[None]:
+        """Within, this rank runs its backward passes: an error there becomes one on every rank.
+
+        Args:
+            num_tasks: Rows of the next matrix of `most`; 1 for that of `average`.
+            num_params: Its columns.
+            shards: Where the tasks' gradients are collected meanwhile.
+        """
+        try:
+            yield
+        except Exception as error:
+            if shards is not None:
+                shards.end()
+            with suppress(RuntimeError):  # the same error, as it is told to the others
+                self.most([[_NONE] * num_params] * num_tasks, error=error)
+            raise
 
     def gram(self, params: Sequence[Tensor], rows: Rows, precision: str = "full") -> Tensor:
         """The Gramian ``[K, T, T]`` of averaged gradients as `average` returns them.
@@ -196,6 +236,9 @@ class Collected(Protocol):
             The latter, after a None for each of the former.
         """
 
+    def end(self) -> None:
+        """There are no more of this rank."""
+
     def gramian(self, precision: str, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """The Gramian ``[K, T, T]`` of the raw losses' averaged gradients, and which task reaches which group.
 
@@ -253,11 +296,15 @@ class Shards:
         self._send(row[:n])
         return [*([None] * n), *row[n:]]
 
-    def gramian(self, precision: str, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    def end(self) -> None:
         """See `Collected`."""
         while self._sent < len(self._shards):
             self._send(None)
         self._wait()
+
+    def gramian(self, precision: str, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """See `Collected`."""
+        self.end()
         self._marks = self.exchange.most(self._marks)
         _refuse_sparse(self.params, [max(marks) for marks in zip(*self._marks, strict=True)])
         if not any(map(any, self._marks)):

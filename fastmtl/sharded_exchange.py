@@ -11,7 +11,8 @@ its slice of the batch) are averaged over the ranks that hold the same shard.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.distributed import Group, Ranks, members_of, ranks_over
 from fastmtl.engine import unscaled
-from fastmtl.exchange import Exchange, Row, gather
+from fastmtl.exchange import Collected, Exchange, Row, gather
 from fastmtl.rows import Rows
 from fastmtl.sharded import Layout, layouts, shard_of
 
@@ -78,6 +79,11 @@ class ShardedExchange(Exchange):
                         "parameter equally often; pass a group that has every mesh whole"
                     )
                 self._partners[layout] = ranks_over(members)
+
+    @contextmanager
+    def passes(self, num_tasks: int, num_params: int, shards: Collected | None = None) -> Iterator[None]:
+        """Within, this rank runs its backward passes, which send on their own: an error there stays on this rank."""
+        yield
 
     def collect(
         self,
@@ -143,6 +149,9 @@ class ShardedRows:
             averages = [g.to(narrow) if g is not None and g.dtype is torch.float32 else g for g in averages]
         self._tasks[task] = averages
         return [*([None] * n), *row[n:]]
+
+    def end(self) -> None:
+        """See `Collected`."""
 
     def gramian(self, precision: str, scale: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """See `Collected`."""

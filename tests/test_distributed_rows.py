@@ -385,6 +385,61 @@ def test_every_rank_is_told(ranks: Ranks, what: str, kind: str, words: list[str]
     assert len({text for _, text, *_ in found}) == 1
 
 
+class Breaks(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        raise ArithmeticError("broken")
+
+
+def broken(name: str, options: dict[str, Any]) -> tuple[str, float, bool, list[Tensor]]:
+    """A step in which the last rank's second task breaks, and another: the error, seconds, and what became of it."""
+    rank, size = place()
+    net, method = make(), METHODS[name]()
+    if options.pop("lean", False):
+        options["gramian_params"] = net.trunk[2]
+    shared = None if options.pop("discover", False) else net.trunk
+    before = [x.clone() for x in method.state_dict().values()]
+    text, start = "", time.monotonic()
+    for step in range(2):
+        losses = losses_of(Outputs(net), step, "all", torch.float64)
+        if step == 0 and rank == size - 1:
+            losses[1] = Breaks.apply(losses[1])
+        try:
+            fastmtl.backward(losses, method, shared, model=net, **options)
+        except (RuntimeError, ArithmeticError) as error:
+            text, seconds = f"{type(error).__name__}: {error}", time.monotonic() - start
+            clean = all(map(torch.equal, before, method.state_dict().values()))
+            clean = clean and all(p.grad is None for p in net.parameters())
+    return text, seconds, clean, [p.grad for p in net.parameters()]
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("GradNorm", {}),
+        ("PCGrad", {"groups": "layer"}),
+        ("GradNorm", {"lean": True}),
+        ("UncertaintyWeighting", {}),
+        ("MGDA", {"chunk_size": 2}),
+        ("MGDA", {"discover": True}),
+    ],
+    ids=str,
+)
+def test_a_backward_pass_that_fails_on_one_rank(ranks: Ranks, method: str, options: dict[str, Any]) -> None:
+    *others, last = ranks.run(3, broken, method, options)
+    for text, *_ in others:
+        assert text == "RuntimeError: rank 2 failed in its backward passes: ArithmeticError: broken"
+    assert last[0] == "ArithmeticError: broken"
+    for _, seconds, clean, grads in (*others, last):
+        assert seconds < 5
+        assert clean
+        assert all(map(torch.equal, grads, others[0][3]))  # of the next step, in which all take part
+
+
 def alone(rank: int | None = None) -> list[Tensor]:
     net, rank = make(), place()[0] if rank is None else rank
     torch.manual_seed(rank)
