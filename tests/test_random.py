@@ -120,3 +120,24 @@ def test_the_seed_comes_from_the_generator() -> None:
 def test_unknown_distribution() -> None:
     with pytest.raises(ValueError, match=r"distribution: expected 'normal', .*, found 'cauchy'"):
         random_weights(rng(), EVERYONE, "cauchy")
+
+
+@pytest.mark.parametrize("concentration", [[1.0, 1.0, 1.0], [0.2, 0.5, 0.9], [1.2, 7.0, 30.0], [0.01, 0.02, 5.0]])
+def test_dirichlet(concentration: list[float]) -> None:
+    """Each component alone is of a beta distribution."""
+    each = torch.tensor(concentration, dtype=torch.float64)
+    drawn = torch.stack([random.dirichlet(rng(7, step), each) for step in range(500)])
+    assert_on_simplex(drawn)
+    for t, a in enumerate(concentration):
+        law = stats.beta(a, sum(concentration) - a)
+        assert abs(float(drawn[:, t].mean()) - law.mean()) < 4 * law.std() / 500**0.5
+        if min(concentration) > 0.1:  # else many draws differ from 1 by less than float64 can tell
+            assert stats.kstest(drawn[:, t].numpy(), law.cdf).pvalue > 1e-4
+
+
+def test_dirichlet_proposals_fail_next_to_never() -> None:
+    """One proposal in twenty at most is refused, so eight in a row in one of 10^10."""
+    each = torch.full((2000,), 1.0, dtype=torch.float64)
+    one, many = (random.dirichlet(rng(), each, tries) for tries in (1, 8))
+    assert float((one == 0).double().mean()) < 0.06
+    assert (many > 0).all()

@@ -84,9 +84,10 @@ class COSMOS(PreferenceScalarization):
             if several(self.process_group):
                 self._align(self.rng.device if self.rng.is_cuda else device_of(self.process_group))
             with torch.no_grad():
-                self.preference.copy_(dirichlet(self.rng, torch.tensor(each, dtype=torch.float64).to(self.rng.device)))
+                law = torch.tensor(each, dtype=torch.float64, device=self.rng.device)
+                self.preference = dirichlet(self.rng, law)
                 self.rng[1].add_(1)
-        return self.preference.clone()
+        return self.preference
 
     def value(self, losses: Tensor, present: Tensor) -> Tensor:
         """See `Scalarization.value`."""

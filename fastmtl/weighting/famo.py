@@ -100,9 +100,9 @@ class FAMO(WeightedSum):
 
     def weigh(self, losses: Tensor, moves: Tensor) -> Tensor:
         """See `WeightedSum.weigh`."""
-        logits = self._learn(losses, moves) if self.after == "next_batch" else self.logits
-        self._watch_updates()
         present = ~losses.isnan()
+        logits = self._learn(losses, present, moves) if self.after == "next_batch" else self.logits
+        self._watch_updates()
         height = losses - self.floor + self.eps
         share = shares(logits, present) / torch.where(height > 0, height, float("nan"))
         share = torch.where(present, share, 0.0)
@@ -136,11 +136,13 @@ class FAMO(WeightedSum):
         with torch.no_grad():
             if shared:
                 device = parsed.device if parsed.present else self._device()
-                values = agree_on_losses(self.process_group, parsed.items, device)[1]
+                there, values = agree_on_losses(self.process_group, parsed.items, device)
             else:
                 values = parsed.values()
+                absent = torch.zeros((), dtype=torch.bool, device=values.device)
+                there = torch.stack([absent if x is None else ~absent for x in parsed.items])
             self._follow(values.device)
-            self._learn(values, torch.ones((), dtype=torch.bool, device=values.device))
+            self._learn(values, there, torch.ones((), dtype=torch.bool, device=values.device))
 
     def _watch_updates(self) -> None:
         """Warn once if `update` is forgotten."""
@@ -152,9 +154,9 @@ class FAMO(WeightedSum):
                 f"FAMO: {UNCHANGED_CALLS} steps without update(losses): its weights learn nothing", stacklevel=6
             )
 
-    def _learn(self, after: Tensor, moves: Tensor) -> Tensor:
-        """The new ``xi``; kept if the bool scalar ``moves`` holds."""
-        both = ~self.before.isnan() & ~after.isnan()
+    def _learn(self, after: Tensor, there: Tensor, moves: Tensor) -> Tensor:
+        """The new ``xi``, from the losses of the tasks that are there; kept if the bool scalar ``moves`` holds."""
+        both = ~self.before.isnan() & there
         fall = (self.before - self.floor + self.eps).log() - (after - self.floor + self.eps).log()
         sound = (fall.isfinite() | ~both).all() & both.any()
         fall = torch.where(both, fall, 0.0)

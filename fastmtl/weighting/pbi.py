@@ -94,6 +94,6 @@ def norm(x: Tensor, least: Tensor | float = 0.0) -> Tensor:
 
 
 def unit(x: Tensor) -> Tensor:
-    """The direction of a vector; 0 for 0."""
+    """The direction of a vector; 0, of slope 0, for 0."""
     size = norm(x)
-    return x / torch.where(size > 0, size, 1.0)
+    return torch.where(size > 0, x / torch.where(size > 0, size, 1.0), 0.0)

@@ -53,7 +53,7 @@ class PreferenceScalarization(Scalarization):
             )
         with torch.no_grad():
             wanted = preference.to(self.preference.device, torch.float64)
-            self.preference.copy_(wanted / wanted.sum())
+            self.preference = wanted / wanted.sum()  # another tensor: a graph may still need the last
 
     def extra_repr(self) -> str:
         """The options, for ``repr``."""

@@ -38,7 +38,7 @@ class Scalarization(LossWeighting):
         raise NotImplementedError
 
     def observe(self, losses: Tensor, moves: Tensor) -> None:
-        """Advance the state by this step, before `value`. Arguments as those of `WeightedSum.weigh`."""
+        """Advance the state by this step, after `value`. Arguments as those of `WeightedSum.weigh`."""
 
     def scalar(self, losses: Tensor, tasks: Sequence[int] | None, everywhere: Everywhere | None = None) -> Tensor:
         """See `LossWeighting.scalar`."""
@@ -51,17 +51,17 @@ class Scalarization(LossWeighting):
             values = spread(values, tasks, self.num_tasks, fill=1.0)
             here = spread(here, tasks, self.num_tasks, fill=0.0)
         self._follow(values.device)
-        with torch.no_grad():
-            finite = values.isfinite().all()
-            self.observe(torch.where(here, values, float("nan")), finite & moving)
         self._note_slopes(values, here)
-        return self._sound(values, here).to(losses.dtype)
+        total = self._sound(values, here)
+        with torch.no_grad():
+            self.observe(torch.where(here, values, float("nan")), values.isfinite().all() & moving)
+        return total.to(losses.dtype)
 
     def _sound(self, values: Tensor, here: Tensor) -> Tensor:
         """The value, whose slopes are all NaN where it or a loss is not finite."""
         value = self.value(values, here)
         finite = value.isfinite() & values.isfinite().all()
-        return value * torch.where(finite, 1.0, float("nan"))
+        return value + (values * torch.where(finite, 0.0, float("nan"))).sum()
 
     def _note_slopes(self, values: Tensor, here: Tensor) -> None:
         if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

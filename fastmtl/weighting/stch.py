@@ -22,9 +22,9 @@ class STCH(Epochs, PreferenceScalarization):
     ideal_t)`` as mu falls, p being the preference; the weights are ``p_t`` times a softmax. Every Pareto optimal
     solution is optimal for some preference, also where the front is not convex.
 
-    ``variant="log"`` is the authors' code for multi-task learning, also in LibMTL: the same of ``log(L_t / nadir_t)``,
-    times T, where ``nadir`` are the mean losses of epoch ``warmup_epochs`` (counted from 0). Up to that epoch's end the
-    scalar is ``sum_t log L_t``.
+    ``variant="log"`` is the authors' code for multi-task learning, also in LibMTL: the same of ``T log(L_t /
+    nadir_t)``, times T; with the default preference, ``T mu log sum_t (L_t / nadir_t)^(1 / mu)``. There ``nadir`` are
+    the mean losses of epoch ``warmup_epochs`` (counted from 0); up to that epoch's end the scalar is ``sum_t log L_t``.
 
     Args:
         num_tasks: T.
@@ -81,7 +81,7 @@ class STCH(Epochs, PreferenceScalarization):
         self.mu, self.variant = real("mu", mu, 0, open=True), choice("variant", variant, VARIANTS)
         others = {"ideal": ideal} if variant == "log" else {"warmup_epochs": warmup_epochs, "nadir": nadir}
         if variant == "paper" or nadir is not None:
-            others["steps_per_epoch"] = steps_per_epoch
+            others |= {"warmup_epochs": warmup_epochs, "steps_per_epoch": steps_per_epoch}
         for option, value in others.items():
             if value is not None:
                 known = " with a nadir" if variant == "log" and nadir is not None and option != "ideal" else ""
@@ -107,6 +107,12 @@ class STCH(Epochs, PreferenceScalarization):
             measured = moves & (self.epoch[0] == self.warmup_epochs)
             commit(self.sums, self.sums + torch.where(present, losses, 0.0), measured)
             commit(self.counts, self.counts + present, measured)
+            self.count_step(moves)
+
+    def close_epoch(self, where: Tensor) -> None:
+        """See `Epochs.close_epoch`."""
+        if self.variant == "log" and self.nadir is None:
+            commit(self.epoch, self.epoch + 1, where)
 
     def value(self, losses: Tensor, present: Tensor) -> Tensor:
         """See `Scalarization.value`."""
@@ -114,10 +120,13 @@ class STCH(Epochs, PreferenceScalarization):
             return self._maximum(losses - self.lowest, present)
         logs = losses.log()
         if self.nadir is not None:
-            return self.num_tasks * self._maximum(logs - self.sums.log(), present)
+            return self._log_variant(logs - self.sums.log(), present)
         nadir = torch.where(self.counts > 0, self.sums / self.counts, 1.0)
-        smooth = self.num_tasks * self._maximum(logs - nadir.log(), present)
+        smooth = self._log_variant(logs - nadir.log(), present)
         return torch.where(self.epoch[0] > self.warmup_epochs, smooth, torch.where(present, logs, 0.0).sum())
+
+    def _log_variant(self, logs: Tensor, present: Tensor) -> Tensor:
+        return self.num_tasks * self._maximum(self.num_tasks * logs, present)
 
     def _maximum(self, heights: Tensor, present: Tensor) -> Tensor:
         exponents = torch.where(present, self.preference * heights / self.mu, -float("inf"))
