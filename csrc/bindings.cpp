@@ -138,6 +138,19 @@ py::tuple fairgrad(const Doubles& gramian, const std::optional<Bools>& mask, con
   return py::make_tuple(weights, gap);
 }
 
+Doubles spectral(const Doubles& gramian, const std::optional<Bools>& mask, const std::optional<Doubles>& preference,
+                 int rule) {
+  const Problems problems = problems_of(gramian, mask);
+  Doubles weights = new_weights(gramian);
+  if (preference) require(sizes_of(*preference) == sizes_of(weights), "preference: expected shape [K, T]");
+  require(rule >= 0 && rule <= static_cast<int>(SpectralRule::sum_to_one), "rule: expected 0 to 4");
+  const Spectral method{static_cast<SpectralRule>(rule), preference ? preference->data() : nullptr,
+                        weights.mutable_data()};
+  py::gil_scoped_release release;
+  spectral_cpu(problems, method);
+  return weights;
+}
+
 // The random orders [T,T] of one problem.
 Longs random_orders(int num_tasks, int64_t seed, int64_t step, int64_t problem) {
   require(num_tasks >= 0 && num_tasks <= 65536, "num_tasks: expected 0 to 65536");
@@ -202,4 +215,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("gradvac", &fastmtl::gradvac, "gramian"_a, "targets"_a, "mask"_a.none(true), "order_kind"_a,
         "order"_a.none(true), "seed"_a, "step"_a, "beta"_a, "ema_first"_a, "ema_always"_a);
   m.def("fairgrad", &fastmtl::fairgrad, "gramian"_a, "mask"_a.none(true), "preference"_a.none(true), "alpha"_a);
+  m.def("spectral", &fastmtl::spectral, "gramian"_a, "mask"_a.none(true), "preference"_a.none(true), "rule"_a);
 }

@@ -284,6 +284,18 @@ std::tuple<Tensor, Tensor> fairgrad(const Tensor& gramian, std::optional<Tensor>
   return {weights, gap};
 }
 
+Tensor spectral(const Tensor& gramian, std::optional<Tensor> mask, std::optional<Tensor> preference, int64_t rule) {
+  auto g = problems_of(gramian, mask);
+  if (preference) check_double(*preference, g.sizes, g.device, "preference");
+  if (rule < 0 || rule > static_cast<int64_t>(SpectralRule::sum_to_one))
+    throw std::invalid_argument("rule: expected 0 to 4, found " + std::to_string(rule));
+  Tensor weights = new_double(g.sizes, g.device);
+  Spectral args{static_cast<SpectralRule>(rule), preference ? preference->const_data_ptr<double>() : nullptr,
+                weights.mutable_data_ptr<double>()};
+  FASTMTL_SOLVE(spectral, g, args);
+  return weights;
+}
+
 template <class Library>
 void implement(Library& m) {
   m.impl("gram", &gram_boxed);
@@ -293,6 +305,7 @@ void implement(Library& m) {
   m.impl("frank_wolfe", TORCH_BOX(&frank_wolfe));
   m.impl("pcgrad", TORCH_BOX(&pcgrad));
   m.impl("gradvac", TORCH_BOX(&gradvac));
+  m.impl("spectral", TORCH_BOX(&spectral));
   m.impl("fairgrad", TORCH_BOX(&fairgrad));
 }
 
@@ -314,6 +327,7 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
       "gradvac(Tensor gramian, Tensor? mask, Tensor? order, Tensor? rng, int order_kind, Tensor targets, float beta,"
       " bool ema_first, bool ema_always) -> (Tensor, Tensor)");
   m.def("fairgrad(Tensor gramian, Tensor? mask, Tensor? preference, float alpha) -> (Tensor, Tensor)");
+  m.def("spectral(Tensor gramian, Tensor? mask, Tensor? preference, int rule) -> Tensor");
 }
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) { fastmtl::implement(m); }
 #ifdef WITH_CUDA

@@ -15,9 +15,12 @@ from fastmtl.methods import from_name
 from fastmtl.monitor import Monitor
 from fastmtl.result import Result
 from fastmtl.surgery import (
+    IMTLG,
     MGDA,
     PELTR,
+    AlignedMTL,
     Amortized,
+    ConFIG,
     Constant,
     FairGrad,
     GradientMethod,
@@ -64,6 +67,7 @@ __all__ = [
     "DWA",
     "FAMO",
     "HTW",
+    "IMTLG",
     "IMTLL",
     "LBTW",
     "MGDA",
@@ -71,7 +75,9 @@ __all__ = [
     "PELTR",
     "RLW",
     "STCH",
+    "AlignedMTL",
     "Amortized",
+    "ConFIG",
     "Constant",
     "ConstantWeighting",
     "EqualWeighting",

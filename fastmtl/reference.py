@@ -116,12 +116,8 @@ def min_norm(gramian: Tensor, mask: Tensor | None = None, lower_bounds: Tensor |
     """
     problems = _problems(gramian, mask)
     weights, gap = np.zeros(gramian.shape[:2]), np.zeros(gramian.shape[0])
-    bounds = np.zeros(gramian.shape[:2])
-    if lower_bounds is not None:
-        if lower_bounds.shape not in (gramian.shape[:2], gramian.shape[1:2]):
-            expected = f"{list(gramian.shape[:2])} or {list(gramian.shape[1:2])}"
-            raise ValueError(f"lower_bounds: expected shape {expected}, found {list(lower_bounds.shape)}")
-        bounds += _to_host(lower_bounds)
+    bounds = _given("lower_bounds", lower_bounds, gramian)
+    bounds = np.zeros(gramian.shape[:2]) if bounds is None else bounds
     for k, tasks, m in problems:
         c = bounds[k, tasks]
         if not (np.isfinite(m).all() and np.isfinite(c).all()):
@@ -267,6 +263,65 @@ def gradvac(
                     moved[entry] = new
             weights[k, tasks] += c
     return _like(gramian, weights), _like(gramian, moved)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def aligned_mtl(
+    gramian: Tensor, mask: Tensor | None = None, preference: Tensor | None = None, scale_mode: str = "min"
+) -> Tensor:
+    """As `fastmtl.ops.aligned_mtl`, by the eigenvectors."""
+    weights = np.zeros(gramian.shape[:2])
+    given = _given("preference", preference, gramian)
+    for k, tasks, m in _problems(gramian, mask):
+        if not np.isfinite(m).all():
+            weights[k] = np.nan
+        elif m.any():
+            values, vectors = np.linalg.eigh(m)
+            kept = values > values.max() * tasks.size * 2.0**-23
+            values, vectors = values[kept], vectors[:, kept]
+            scale = {"min": values.min(), "median": values[(values.size - 1) // 2], "rmse": values.mean()}[scale_mode]
+            before = np.full(tasks.size, 1 / tasks.size) if given is None else given[k, tasks]
+            weights[k, tasks] = vectors @ (np.sqrt(scale / values) * (vectors.T @ before))
+    return _like(gramian, weights)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def equal_cosines(
+    gramian: Tensor, mask: Tensor | None = None, preference: Tensor | None = None, length: str = "projections"
+) -> Tensor:
+    """As `fastmtl.ops.equal_cosines`, by the pseudo-inverse of the cosines."""
+    weights = np.zeros(gramian.shape[:2])
+    given = _given("preference", preference, gramian)
+    for k, tasks, m in _problems(gramian, mask):
+        if not np.isfinite(m).all():
+            weights[k] = np.nan
+            continue
+        long = m.diagonal() > 0
+        tasks, m = tasks[long], m[np.ix_(long, long)]
+        norms = np.sqrt(m.diagonal())
+        cosines = m / norms[:, None] / norms
+        np.fill_diagonal(cosines, 1)
+        goal = np.ones(tasks.size) if given is None else given[k, tasks]
+        x = np.linalg.pinv(cosines, rcond=1e-6, hermitian=True) @ goal  # less cannot be told from 0 in float32
+        reached = cosines @ x
+        if reached @ reached <= 1e-12 * (goal @ goal):
+            continue
+        w = x / norms
+        if length == "projections":
+            weights[k, tasks] = w * (norms @ reached) / (x @ reached)
+        elif abs(w.sum()) > 1e-12 * np.abs(w).sum():
+            weights[k, tasks] = w / w.sum()
+    return _like(gramian, weights)
+
+
+def _given(name: str, values: Tensor | None, gramian: Tensor) -> Floats | None:
+    """Numbers ``[T]`` or ``[K, T]`` as ``[K, T]``."""
+    if values is None:
+        return None
+    if values.shape not in (gramian.shape[:2], gramian.shape[1:2]):
+        expected = f"{list(gramian.shape[:2])} or {list(gramian.shape[1:2])}"
+        raise ValueError(f"{name}: expected shape {expected}, found {list(values.shape)}")
+    return np.broadcast_to(_to_host(values), gramian.shape[:2])
 
 
 def visiting_order(num_groups: int, num_tasks: int, order: Tensor | str, rng: Tensor | None = None) -> Tensor:

@@ -298,6 +298,96 @@ def fairgrad(
     return weights.reshape(*batch, m.shape[-1]), error.reshape(batch)
 
 
+def aligned_mtl(
+    gramian: ArrayLike, mask: ArrayLike | None = None, preference: ArrayLike | None = None, scale_mode: str = "min"
+) -> Floats:
+    """Weights of AlignedMTL: the gradients' principal components brought to one length.
+
+    Args:
+        gramian: ``[..., T, T]``, symmetric.
+        mask: bool ``[..., T]``: which tasks take part; None: all. Entries of the others are not used.
+        preference: ``[..., T]`` or ``[T]``: the weights before the alignment; None: one over the number of the tasks
+            that take part.
+        scale_mode: The components' common squared length: the ``"min"`` (paper), ``"median"`` or mean (``"rmse"``) of
+            the Gramian's eigenvalues.
+
+    Returns:
+        Weights ``[..., T]``; 0 for absent tasks; all NaN where an entry that takes part is not finite.
+
+    Raises:
+        TypeError: An array is not of real numbers or bool, as described.
+        ValueError: A shape does not fit, ``gramian`` is not symmetric, or the mode is unknown.
+
+    Note:
+        Cost: 2 T^3 multiply-adds, and about 0.8 T^2 rotations.
+
+    Reference:
+        Senushkin et al.: Independent Component Alignment for Multi-Task Learning. CVPR 2023, Algorithm 1; see
+        `fastmtl.AlignedMTL`.
+
+    Example:
+        >>> J = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+        >>> aligned_mtl(J @ J.T).round(4)
+        array([0.5591, 0.4083])
+    """
+    rule = ("min", "median", "rmse").index(choice("scale_mode", scale_mode, ("min", "median", "rmse")))
+    return _spectral(gramian, mask, preference, rule)
+
+
+def equal_cosines(
+    gramian: ArrayLike,
+    mask: ArrayLike | None = None,
+    preference: ArrayLike | None = None,
+    length: str = "projections",
+) -> Floats:
+    """Weights of the direction that has the same cosine with every gradient: ConFIG, IMTL-G.
+
+    Args:
+        gramian: ``[..., T, T]``, symmetric.
+        mask: bool ``[..., T]``: which tasks take part; None: all. Entries of the others are not used.
+        preference: ``[..., T]`` or ``[T]``: what the cosines are in proportion to; None: all the same.
+        length: Of the direction: ``"projections"``: the sum of the gradients' projections onto it (ConFIG);
+            ``"sum_to_one"``: the weights sum to 1 (IMTL-G).
+
+    Returns:
+        Weights ``[..., T]``; 0 for absent tasks and for gradients of zero; all NaN where an entry that takes part is
+        not finite. Where gradients depend on each other such that no direction has those cosines, they hold in the
+        sense of least squares; all weights are 0 where nothing of them is left.
+
+    Raises:
+        TypeError: An array is not of real numbers or bool, as described.
+        ValueError: A shape does not fit, ``gramian`` is not symmetric, or the length is unknown.
+
+    Note:
+        Cost: T^3 / 2 multiply-adds; for dependent gradients besides what `aligned_mtl` costs.
+
+    Reference:
+        Liu, Chu, Thuerey: ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks. ICLR 2025; Liu et
+        al.: Towards Impartial Multi-task Learning. ICLR 2021; see `fastmtl.ConFIG`, `fastmtl.IMTLG`.
+
+    Example:
+        >>> J = np.array([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]])
+        >>> equal_cosines(J @ J.T, length="sum_to_one").round(4)
+        array([0.5923, 0.4077])
+    """
+    rule = 3 + ("projections", "sum_to_one").index(choice("length", length, ("projections", "sum_to_one")))
+    return _spectral(gramian, mask, preference, rule)
+
+
+def _spectral(gramian: ArrayLike, mask: ArrayLike | None, preference: ArrayLike | None, rule: int) -> Floats:
+    m, present, batch = _problems(gramian, mask)
+    shape = (*batch, m.shape[-1])
+    right = None
+    if preference is not None:
+        right = _real("preference", preference)
+        if right.shape not in (shape, shape[-1:]):
+            expected = " or ".join(str(list(s)) for s in dict.fromkeys((shape, shape[-1:])))
+            raise ValueError(f"preference: expected shape {expected}, found {list(right.shape)}")
+        right = np.broadcast_to(right, shape).reshape(m.shape[:2])
+    weights: Floats = _C.spectral(m, present, right, rule)
+    return weights.reshape(shape)
+
+
 def visiting_order(num_tasks: int, seed: int = 0, step: int = 0, problem: int = 0) -> Ints:
     """The random orders in which the tasks meet each other.
 

@@ -30,7 +30,11 @@ FASTMTL_SOLVER double fairgrad(const Problem& problem, const FairGrad& method, d
   return fairgrad_problem(HostTeam(), problem, method, scratch, weights);
 }
 
-constexpr SolverKernels kSolverKernels = {min_norm,       bounded_min_norm, frank_wolfe,
-                                          one_pcgrad_row, one_gradvac_row,  fairgrad};
+FASTMTL_SOLVER void spectral(const Problem& problem, const Spectral& method, double* scratch, double* weights) {
+  spectral_problem(HostTeam(), problem, method, scratch, weights);
+}
+
+constexpr SolverKernels kSolverKernels = {min_norm,        bounded_min_norm, frank_wolfe, one_pcgrad_row,
+                                          one_gradvac_row, fairgrad,         spectral};
 
 #undef FASTMTL_SOLVER

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <functional>
 #include <limits>
-#include <vector>
+#include <memory>
 
 #include "../parallel.h"
 #include "../solvers/bounded_min_norm.h"
@@ -12,6 +12,7 @@
 #include "../solvers/gradvac.h"
 #include "../solvers/min_norm.h"
 #include "../solvers/pcgrad.h"
+#include "../solvers/spectral.h"
 #include "dispatch.h"
 
 namespace fastmtl {
@@ -25,6 +26,7 @@ struct SolverKernels {
   void (*gradvac_row)(const Problem&, const GradVac&, int row, const double* targets, double* new_targets,
                       double* scratch, double* coefficients);
   double (*fairgrad)(const Problem&, const FairGrad&, double* scratch, double* weights);
+  void (*spectral)(const Problem&, const Spectral&, double* scratch, double* weights);
 };
 
 }  // namespace
@@ -53,9 +55,9 @@ void for_each_problem(const Problems& problems, int64_t scratch_size,
   const int64_t t = problems.num_tasks;
   const int64_t work = problems.count * t * t * t;
   const int64_t chunks = work < kParallelCube ? 1 : std::min<int64_t>(problems.count, num_threads());
-  std::vector<double> scratch(static_cast<size_t>(chunks * scratch_size));
+  const std::unique_ptr<double[]> scratch(new double[static_cast<size_t>(chunks * scratch_size)]);
   const auto run = [&](int64_t chunk) {
-    for (int64_t k = chunk; k < problems.count; k += chunks) solve(k, scratch.data() + chunk * scratch_size);
+    for (int64_t k = chunk; k < problems.count; k += chunks) solve(k, scratch.get() + chunk * scratch_size);
   };
   if (chunks <= 1) {
     if (problems.count > 0) run(0);
@@ -147,6 +149,14 @@ void fairgrad_cpu(const Problems& problems, const FairGrad& method) {
   const SolverKernels& kernels = solver_kernels();
   for_each_problem(problems, fairgrad_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
     method.gap[k] = kernels.fairgrad(problem_at(problems, k), method, scratch, method.weights + k * t);
+  });
+}
+
+void spectral_cpu(const Problems& problems, const Spectral& method) {
+  const int64_t t = problems.num_tasks;
+  const SolverKernels& kernels = solver_kernels();
+  for_each_problem(problems, spectral_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
+    kernels.spectral(problem_at(problems, k), method, scratch, method.weights + k * t);
   });
 }
 

@@ -33,5 +33,7 @@ size_t gradvac_cuda_scratch(const Problems&);
 cudaError_t gradvac_cuda(const Problems&, const GradVac&, void* scratch, cudaStream_t stream);
 size_t fairgrad_cuda_scratch(const Problems&);
 cudaError_t fairgrad_cuda(const Problems&, const FairGrad&, void* scratch, cudaStream_t stream);
+size_t spectral_cuda_scratch(const Problems&);
+cudaError_t spectral_cuda(const Problems&, const Spectral&, void* scratch, cudaStream_t stream);
 
 }  // namespace fastmtl

@@ -1,7 +1,7 @@
 // The batched T x T solvers: csrc/solvers/ run by warps and blocks.
 //
 // PCGrad, GradVac: one warp per problem and row i, K * T warps; then the rows' coefficients are added, in order.
-// Min-norm, with and without bounds, Frank-Wolfe, FairGrad: one warp (T <= 32) or one block per problem.
+// Min-norm, with and without bounds, Frank-Wolfe, FairGrad, spectral: one warp (T <= 32) or one block per problem.
 // What a solver works on lies in shared memory where it fits, else in the caller's scratch.
 #include "../solvers/bounded_min_norm.h"
 #include "../solvers/fairgrad.h"
@@ -9,6 +9,7 @@
 #include "../solvers/gradvac.h"
 #include "../solvers/min_norm.h"
 #include "../solvers/pcgrad.h"
+#include "../solvers/spectral.h"
 #include "cuda.h"
 #include "launch.h"
 #include "ptx.h"
@@ -114,6 +115,7 @@ cudaError_t launch_rows(void (*kernel)(Problems, Args, double*, double*), const 
 int64_t team_doubles(const MinNorm&, int num_tasks) { return min_norm_scratch(num_tasks); }
 int64_t team_doubles(const BoundedMinNorm&, int num_tasks) { return bounded_min_norm_scratch(num_tasks); }
 int64_t team_doubles(const FrankWolfe&, int num_tasks) { return frank_wolfe_scratch(num_tasks); }
+int64_t team_doubles(const Spectral&, int num_tasks) { return spectral_scratch(num_tasks); }
 int64_t team_doubles(const FairGrad&, int num_tasks) { return fairgrad_scratch(num_tasks); }
 
 template <class Team>
@@ -141,13 +143,26 @@ __device__ __forceinline__ double solve(const Team& team, const Problem& problem
   return fairgrad_problem(team, problem, args, memory, weights);
 }
 
+template <class Team>
+__device__ __forceinline__ double solve(const Team& team, const Problem& problem, const Spectral& args, double* memory,
+                                        double* weights) {
+  spectral_problem(team, problem, args, memory, weights);
+  return 0;
+}
+
+template <class Args>
+__device__ __forceinline__ void store_gap(const Args& args, int64_t problem, double gap) {
+  args.gap[problem] = gap;
+}
+__device__ __forceinline__ void store_gap(const Spectral&, int64_t, double) {}  // has none
+
 template <class Team, class Args>
 __device__ __forceinline__ void solve_problem(const Team& team, const Problems& problems, const Args& args,
                                               double* scratch, int64_t doubles) {
   const Problem problem = problem_at(problems, blockIdx.x);
   const double gap =
       solve(team, problem, args, solver_memory(scratch, doubles), args.weights + problem.index * problem.num_tasks);
-  if (team.rank() == 0) args.gap[problem.index] = gap;
+  if (team.rank() == 0) store_gap(args, problem.index, gap);
 }
 
 template <class Args>
@@ -220,6 +235,12 @@ cudaError_t frank_wolfe_cuda(const Problems& problems, const FrankWolfe& args, v
 size_t fairgrad_cuda_scratch(const Problems& problems) { return team_scratch<FairGrad>(problems); }
 
 cudaError_t fairgrad_cuda(const Problems& problems, const FairGrad& args, void* scratch, cudaStream_t stream) {
+  return launch_teams(problems, args, scratch, stream);
+}
+
+size_t spectral_cuda_scratch(const Problems& problems) { return team_scratch<Spectral>(problems); }
+
+cudaError_t spectral_cuda(const Problems& problems, const Spectral& args, void* scratch, cudaStream_t stream) {
   return launch_teams(problems, args, scratch, stream);
 }
 

@@ -20,12 +20,6 @@ FASTMTL_HD constexpr int64_t bounded_min_norm_scratch(int num_tasks) {
 
 namespace detail {
 
-// The power of two that brings a squared norm near 1.
-FASTMTL_HD double unit_of(double squared_norm) {
-  const int exponent = squared_norm > 0 ? std::ilogb(squared_norm) : 0;
-  return std::scalbn(1.0, exponent > -1022 ? (exponent < 1022 ? -exponent : -1022) : 1022);
-}
-
 struct Simplex {
   static constexpr bool kSimplex = true;
   Problem problem;
@@ -163,7 +157,7 @@ FASTMTL_HD double bounded_min_norm_problem(const Team& team, const Problem& prob
   }
   longest = team.max(longest);
   if (longest == -detail::kNever) return 0;  // nobody is present
-  const double first_unit = detail::unit_of(longest);
+  const double first_unit = unit_of(longest);
   detail::multiply(team, problem, weights, b, first_unit);
   team.sync();
 
@@ -187,7 +181,7 @@ FASTMTL_HD double bounded_min_norm_problem(const Team& team, const Problem& prob
   }
   const double smallest_normal = std::numeric_limits<double>::min();
   const double about = std::fmax(problem.squared_norm(k), std::fmax(1e-30 * longest, smallest_normal));
-  const double unit = longest > 0 ? detail::unit_of(about) : 1.0;
+  const double unit = longest > 0 ? unit_of(about) : 1.0;
   const double ratio = unit / first_unit;
   for (int i = team.rank(); i < num_tasks; i += team.size()) b[i] = problem.present(i) ? (b[i] - least) * ratio : 0.0;
   if (team.rank() == 0) tab.state[k] = detail::kInside;

@@ -47,4 +47,10 @@ FASTMTL_HD bool is_finite(const Team& team, const Problem& problem) {
   return team.sum(zero) == 0;
 }
 
+// The power of two that brings a squared norm near 1.
+FASTMTL_HD double unit_of(double squared_norm) {
+  const int exponent = squared_norm > 0 ? std::ilogb(squared_norm) : 0;
+  return std::scalbn(1.0, exponent > -1022 ? (exponent < 1022 ? -exponent : -1022) : 1022);
+}
+
 }  // namespace fastmtl

@@ -77,11 +77,20 @@ struct FairGrad {
   double* gap;
 };
 
+// Weights by a function of the Gramian or the cosines (spectral.h). preference: [K,T] or null.
+enum class SpectralRule : int32_t { aligned_min, aligned_median, aligned_rmse, projections, sum_to_one };
+struct Spectral {
+  SpectralRule rule;
+  const double* preference;
+  double* weights;
+};
+
 void min_norm_cpu(const Problems&, const MinNorm&);
 void bounded_min_norm_cpu(const Problems&, const BoundedMinNorm&);
 void frank_wolfe_cpu(const Problems&, const FrankWolfe&);
 void pcgrad_cpu(const Problems&, const PCGrad&);
 void gradvac_cpu(const Problems&, const GradVac&);
 void fairgrad_cpu(const Problems&, const FairGrad&);
+void spectral_cpu(const Problems&, const Spectral&);
 
 }  // namespace fastmtl

@@ -1,11 +1,14 @@
 """Gradient methods, one file each."""
 
+from fastmtl.surgery.aligned_mtl import AlignedMTL
 from fastmtl.surgery.amortized import Amortized
 from fastmtl.surgery.base import GradientMethod, Step
+from fastmtl.surgery.config import ConFIG
 from fastmtl.surgery.constant import Constant, Mean, Sum
 from fastmtl.surgery.fairgrad import FairGrad
 from fastmtl.surgery.gradnorm import GradNorm
 from fastmtl.surgery.gradvac import GradVac
+from fastmtl.surgery.imtl_g import IMTLG
 from fastmtl.surgery.krum import Krum
 from fastmtl.surgery.mgda import MGDA
 from fastmtl.surgery.modo import MoDo
@@ -16,9 +19,12 @@ from fastmtl.surgery.random_grad_weights import RandomGradWeights
 from fastmtl.surgery.sdmgrad import SDMGrad
 
 __all__ = [
+    "IMTLG",
     "MGDA",
     "PELTR",
+    "AlignedMTL",
     "Amortized",
+    "ConFIG",
     "Constant",
     "FairGrad",
     "GradNorm",

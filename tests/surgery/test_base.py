@@ -10,8 +10,11 @@ import torch
 
 import fastmtl
 from fastmtl import (
+    IMTLG,
     MGDA,
     PELTR,
+    AlignedMTL,
+    ConFIG,
     Constant,
     FairGrad,
     GradientMethod,
@@ -30,6 +33,9 @@ from tests.asserts import assert_untouched
 
 T = 6
 METHODS: dict[str, Callable[[], GradientMethod]] = {
+    "AlignedMTL": AlignedMTL,
+    "ConFIG": ConFIG,
+    "IMTLG": IMTLG,
     "MGDA": lambda: MGDA("frank_wolfe", normalization="loss+"),
     "PELTR": lambda: PELTR(0.1),
     "PCGrad": PCGrad,
@@ -48,6 +54,8 @@ METHODS: dict[str, Callable[[], GradientMethod]] = {
     "GradNorm, adam": lambda: GradNorm(optimizer="adam"),
     "GradNorm, epochs": lambda: GradNorm(renormalize="epoch", steps_per_epoch=2),
 }
+
+STATELESS = ("MGDA", "AlignedMTL", "ConFIG", "IMTLG", "PELTR", "Sum", "Mean", "Constant", "Krum")
 
 
 @pytest.mark.parametrize("num_steps", [0, 3])  # validation before the first step of training, too
@@ -69,4 +77,4 @@ def test_evaluation_moves_nothing(name: str, num_steps: int) -> None:
     before = {key: x.clone() for key, x in method.train().state_dict().items()}
     assert torch.equal(fastmtl.aggregate(jacobian, method, losses=losses).weights, expected)
     moved = [key for key, x in method.state_dict().items() if not torch.equal(x, before[key])]
-    assert bool(moved) == (name not in ("MGDA", "PELTR", "Sum", "Mean", "Constant", "Krum"))
+    assert bool(moved) == (name not in STATELESS)

@@ -9,7 +9,24 @@ import torch
 from torch import Tensor
 
 import fastmtl
-from fastmtl import MGDA, PELTR, Constant, FairGrad, GradNorm, GradVac, Krum, Mean, MoDo, NashMTL, PCGrad, SDMGrad, Sum
+from fastmtl import (
+    IMTLG,
+    MGDA,
+    PELTR,
+    AlignedMTL,
+    ConFIG,
+    Constant,
+    FairGrad,
+    GradNorm,
+    GradVac,
+    Krum,
+    Mean,
+    MoDo,
+    NashMTL,
+    PCGrad,
+    SDMGrad,
+    Sum,
+)
 
 JACOBIAN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
 
@@ -33,6 +50,9 @@ def tensor(*values: float) -> Tensor:
         (Sum(), (1, 1), (2, 2, 2)),
         (Mean(), (0.5, 0.5), (1, 1, 1)),
         (Constant([3, 2]), (3, 2), (0, 5, 5)),
+        (AlignedMTL(), (0.5591, 0.4083), (0.2133, 0.9673, 0.9673)),
+        (ConFIG(), (1.2265, 0.8441), (0.1588, 2.0706, 2.0706)),
+        (IMTLG(), (0.5923, 0.4077), (0.0767, 1.0, 1.0)),
         (PCGrad(rescale="sum_to_one"), (0.5846, 0.4154), (0.1538, 1.0, 1.0)),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, torch.nn.Module) else "",
