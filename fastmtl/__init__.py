@@ -15,6 +15,7 @@ from fastmtl.methods import from_name
 from fastmtl.monitor import Monitor
 from fastmtl.result import Result
 from fastmtl.surgery import (
+    CRMOGM,
     IMTLG,
     MGDA,
     PELTR,
@@ -64,6 +65,7 @@ except _metadata.PackageNotFoundError:  # run from a checkout that was never ins
 
 __all__ = [
     "COSMOS",
+    "CRMOGM",
     "DWA",
     "FAMO",
     "HTW",

@@ -5,6 +5,7 @@ from fastmtl.surgery.amortized import Amortized
 from fastmtl.surgery.base import GradientMethod, Step
 from fastmtl.surgery.config import ConFIG
 from fastmtl.surgery.constant import Constant, Mean, Sum
+from fastmtl.surgery.cr_mogm import CRMOGM
 from fastmtl.surgery.fairgrad import FairGrad
 from fastmtl.surgery.gradnorm import GradNorm
 from fastmtl.surgery.gradvac import GradVac
@@ -19,6 +20,7 @@ from fastmtl.surgery.random_grad_weights import RandomGradWeights
 from fastmtl.surgery.sdmgrad import SDMGrad
 
 __all__ = [
+    "CRMOGM",
     "IMTLG",
     "MGDA",
     "PELTR",

@@ -19,6 +19,7 @@ int main(int argc, char** argv) {
       {"bounded_min_norm", bounded_min_norm},
       {"frank_wolfe", frank_wolfe},
       {"fairgrad", fairgrad},
+      {"spectral", spectral},
       {"pcgrad", pcgrad},
       {"gradvac", gradvac},
   };

@@ -10,5 +10,6 @@ void min_norm();
 void bounded_min_norm();
 void frank_wolfe();
 void fairgrad();
+void spectral();
 void pcgrad();
 void gradvac();

@@ -1,5 +1,5 @@
 // The solvers on the device: PCGrad, GradVac and Frank-Wolfe against the papers' loops, min-norm by its optimality
-// conditions, FairGrad by its equations.
+// conditions, FairGrad and the spectral weights by their equations.
 #include "../../csrc/cuda/cuda.h"
 #include "../../csrc/solvers/order.h"
 #include "check.h"
@@ -16,6 +16,8 @@ using fastmtl::Order;
 using fastmtl::OrderKind;
 using fastmtl::PCGrad;
 using fastmtl::Problems;
+using fastmtl::Spectral;
+using fastmtl::SpectralRule;
 using Matrix = std::vector<std::vector<double>>;
 
 // K Gramians of random gradients in `dimension` dimensions, many of them in conflict, and masks.
@@ -348,6 +350,52 @@ void fairgrad_case(const RandomProblems& data, double alpha, bool weighted) {
   }
 }
 
+// By the conditions that define the weights.
+void spectral_case(const RandomProblems& data, SpectralRule rule, bool weighted, double tolerance) {
+  ++check::num_cases;
+  const Problems& problems = data.problems;
+  const int t = data.t;
+  const check::Exact<double> weights(problems.count * t), preference(problems.count * t);
+  for (int64_t i = 0; i < problems.count * t; ++i) preference[i] = 0.5 + i % 3;
+  const check::Exact<char> scratch(fastmtl::spectral_cuda_scratch(problems));
+  const std::string name = "spectral rule " + std::to_string(static_cast<int>(rule)) + " T=" + std::to_string(t);
+  const Spectral args = {rule, weighted ? preference.get() : nullptr, weights.get()};
+  check::succeeded(name, fastmtl::spectral_cuda(problems, args, scratch.get(), nullptr));
+  for (int64_t k = 0; k < problems.count; ++k) {
+    const std::vector<double> w(weights.get() + k * t, weights.get() + (k + 1) * t);
+    int present = 0;
+    for (int i = 0; i < t; ++i) {
+      present += data.present(k, i);
+      if (!data.present(k, i)) check::within(name + " weight of an absent task", std::abs(w[i]), 0);
+    }
+    // aligned: w^T M w = scale b^T b at full rank; else all <g_i, d> / (|g_i| b_i) are the same, and |d| is the sum of
+    // the <g_i, d> / |d|, or the weights sum to 1.
+    double square = 0, goal = 0, sum = 0, inner = 0, first = 0, worst = 0;
+    for (int i = 0; i < t; ++i) {
+      if (!data.present(k, i)) continue;
+      const double b = weighted ? preference[k * t + i] : 1;
+      const double product_i = product(data, k, w, i);
+      square += w[i] * product_i;
+      goal += b * b;
+      sum += w[i];
+      inner += product_i;
+      const double share = product_i / std::sqrt(data.at(k, i, i)) / b;
+      if (first == 0) first = share;
+      worst = check::larger(worst, std::abs(share / first - 1));
+    }
+    if (rule == SpectralRule::aligned_rmse) {
+      double trace = 0;
+      for (int i = 0; i < t; ++i) trace += data.present(k, i) ? data.at(k, i, i) : 0;
+      const double scale = trace / present * goal / (weighted ? 1 : double(present) * present);
+      check::within(name + " square", std::abs(square / scale - 1), tolerance);
+      continue;
+    }
+    check::within(name + " cosines", worst, tolerance);
+    const double length = rule == SpectralRule::sum_to_one ? sum - 1 : inner / square - 1;
+    check::within(name + " length", std::abs(length), tolerance);
+  }
+}
+
 }  // namespace
 
 void pcgrad() {
@@ -450,4 +498,49 @@ void fairgrad() {
   for (int i = 0; i < 14; ++i) check::within("fairgrad: weights without a solution", std::abs(weights[i]), 0);
   check::within("fairgrad: finite error without a solution", count_finite(gap.get(), 2), 0);
   check::within("fairgrad: finite weights although M is not", count_finite(weights.get() + 14, 7), 0);
+}
+
+void spectral() {
+  constexpr SpectralRule kRules[] = {SpectralRule::aligned_rmse, SpectralRule::projections, SpectralRule::sum_to_one};
+  for (int t = 1; t <= 40; ++t)
+    spectral_case(RandomProblems(2, t, 2 * t + 20, t % 2 == 0), kRules[t % 3], t % 5 < 2, 1e-9);
+  spectral_case(RandomProblems(1, 72, 200, true), SpectralRule::aligned_rmse, false, 1e-9);
+  spectral_case(RandomProblems(1, 72, 200, true), SpectralRule::projections, true, 1e-9);
+
+  // Every gradient twice: no inverse of the cosines, but a direction of equal cosines.
+  for (int t : {6, 40}) {
+    const RandomProblems data(1, t, 2 * t, false);
+    for (int i = 0; i < t; ++i) {
+      for (int j = 0; j < t; ++j) data.at(0, i, j) = data.at(0, i / 2 * 2, j / 2 * 2);
+    }
+    spectral_case(data, SpectralRule::projections, false, 1e-9);
+  }
+  // Orthogonal gradients: the median and the smallest eigenvalue are those of a diagonal.
+  for (SpectralRule rule : {SpectralRule::aligned_min, SpectralRule::aligned_median}) {
+    const RandomProblems data(1, 9, 20, false);
+    for (int i = 0; i < 9; ++i) {
+      for (int j = 0; j < 9; ++j) data.at(0, i, j) = i == j ? 1 + (i * 4) % 9 : 0;
+    }
+    const check::Exact<double> weights(9);
+    const check::Exact<char> scratch(fastmtl::spectral_cuda_scratch(data.problems));
+    const Spectral args = {rule, nullptr, weights.get()};
+    check::succeeded("spectral", fastmtl::spectral_cuda(data.problems, args, scratch.get(), nullptr));
+    const double scale = rule == SpectralRule::aligned_min ? 1 : 5;
+    for (int i = 0; i < 9; ++i) {
+      check::within("spectral of a diagonal", std::abs(9 * weights[i] - std::sqrt(scale / data.at(0, i, i))), 1e-12);
+    }
+  }
+
+  const RandomProblems data(2, 7, 20, false);
+  for (int j = 0; j < 7; ++j) data.at(0, 4, j) = data.at(0, j, 4) = 0;
+  data.at(1, 2, 2) = NAN;
+  const check::Exact<double> weights(2 * 7);
+  const check::Exact<char> scratch(fastmtl::spectral_cuda_scratch(data.problems));
+  for (SpectralRule rule : kRules) {
+    const Spectral args = {rule, nullptr, weights.get()};
+    check::succeeded("spectral", fastmtl::spectral_cuda(data.problems, args, scratch.get(), nullptr));
+    check::within("spectral: weight of a zero gradient", std::abs(weights[4]), 1e-12);
+    check::within("spectral: finite weights of a finite problem", 7 - count_finite(weights.get(), 7), 0);
+    check::within("spectral: finite weights although M is not", count_finite(weights.get() + 7, 7), 0);
+  }
 }

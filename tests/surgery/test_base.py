@@ -10,6 +10,7 @@ import torch
 
 import fastmtl
 from fastmtl import (
+    CRMOGM,
     IMTLG,
     MGDA,
     PELTR,
@@ -36,6 +37,7 @@ METHODS: dict[str, Callable[[], GradientMethod]] = {
     "AlignedMTL": AlignedMTL,
     "ConFIG": ConFIG,
     "IMTLG": IMTLG,
+    "CRMOGM": lambda: CRMOGM(MGDA()),
     "MGDA": lambda: MGDA("frank_wolfe", normalization="loss+"),
     "PELTR": lambda: PELTR(0.1),
     "PCGrad": PCGrad,
