@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import time
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -333,3 +334,123 @@ def test_numbers_moved_by_tensor_parallelism(ranks: Ranks) -> None:
                 "allreduce": 2 * 3 + 3 * 3 + (heads if kind == "TP" else 6 + 3 * 7),
                 **({"all_reduce": partial} if partial else {}),
             }
+
+
+def accumulated(synchronised: bool) -> list[Tensor]:
+    """The gradients of steps on two micro-batches per task; without synchronisation in each but the last."""
+    model = outputs()
+    if dist.is_initialized():
+        fully(model, mesh_of())
+    rows = fastmtl.TaskGradients(model.net.trunk, 3, heads=model.net.heads)
+    for t in range(3):
+        for step in range(2):
+            if not synchronised and dist.is_initialized():
+                model.set_requires_gradient_sync(step == 1)
+            rows.backward(t, losses_of(model, step, torch.float64, None, [t])[0])
+    rows.combine(fastmtl.MGDA())
+    return whole(p.grad for p in model.parameters())
+
+
+@pytest.mark.parametrize("synchronised", [True, False])
+def test_accumulation(ranks: Ranks, synchronised: bool) -> None:
+    for found in ranks.run(2, accumulated, synchronised):
+        torch.testing.assert_close(found, accumulated(synchronised), rtol=1e-9, atol=1e-12)
+
+
+def left_out() -> tuple[bool, bool, int]:
+    """After a step: whether a parameter that no task reaches has a gradient, whether the next forward pass sees changed
+    parameters, and in how many modules FSDP keeps them for it."""
+    model = outputs()
+    model.net.unused = nn.Linear(2, 2).double()
+    fully(model, mesh_of())
+    model.net.heads[1].set_reshard_after_backward(False)
+    losses = losses_of(model, 0, torch.float64, None)
+    fastmtl.backward(losses, fastmtl.MGDA(), model.net.trunk, model=model)
+    modules = [m for m in model.modules() if hasattr(m, "set_reshard_after_backward")]
+    settings = [m._get_fsdp_state()._fsdp_param_group for m in modules]
+    kept = [group.reshard_after_backward for group in settings if group is not None]
+    with torch.no_grad():
+        for p in model.parameters():
+            p.zero_()
+    seen = not any(z.any() for z in model(torch.ones(1, 5, dtype=torch.float64), [0, 2]))
+    return model.net.unused.weight.grad is not None, seen, kept.count(False)
+
+
+def test_what_a_step_leaves_alone(ranks: Ranks) -> None:
+    for found in ranks.run(2, left_out):
+        assert found == (False, True, 1)
+
+
+def raised(what: str) -> tuple[str, str, float, bool]:
+    """Kind and text of the error, seconds, and whether no gradient was touched."""
+    rank, size = place()
+    last = rank == size - 1
+    model = outputs()
+    tensor_parallel = what in ("group", "loss")
+    data = dp_and_tp(model) if tensor_parallel else fully(model, mesh_of())
+    method: Any = fastmtl.GradNorm(alpha=1.0 if what == "method" and last else 1.5)
+    losses: Any = losses_of(model, 0, torch.float64, data)
+    options: dict[str, Any] = {"model": model}
+    shared = model.net.trunk
+    if what == "task" and last:
+        losses[1] = None
+    if what == "max_norm":
+        options["max_norm"] = 1.0 + rank
+    if what == "parameters" and last:
+        shared = model.net.trunk[0]
+    if what == "model":
+        options = {}
+    if what in ("chunk_size", "filler"):
+        options[what] = {"chunk_size": 2, "filler": "grad"}[what]
+    if what == "group":
+        options["process_group"] = data.get_group()
+    if what == "loss":
+        from torch.distributed.tensor import Replicate, distribute_tensor
+
+        mesh = model.net.trunk[0].weight.device_mesh
+        one = torch.ones((), dtype=torch.float64, requires_grad=True)
+        losses[0] = distribute_tensor(one, mesh, [Replicate()])
+    if what == "accumulation":
+        model.set_requires_gradient_sync(False)
+    start = time.monotonic()
+    try:
+        if what.startswith("rows"):
+            model.set_requires_gradient_sync(what == "rows: tasks")
+            rows = fastmtl.TaskGradients(shared, 3)
+            for t in range(2 if what == "rows: next" else 1):
+                rows.backward(t, losses[t], retain_graph=True)
+            if what == "rows: tasks" and last:
+                rows._rows[1], rows._rows[0] = rows._rows[0], None
+            rows.combine(fastmtl.PCGrad())
+        else:
+            fastmtl.backward(losses, method, shared, **options)
+    except (RuntimeError, ValueError, TypeError) as error:
+        clean = all(p.grad is None for p in model.net.trunk.parameters())
+        return type(error).__name__, str(error), time.monotonic() - start, clean
+    return "nothing", "", 0.0, False
+
+
+@pytest.mark.parametrize(
+    ("what", "kind", "words"),
+    [
+        ("task", "RuntimeError", ["rank 3", "tasks with a loss", "sum over no sample", "task 2, where", "has task 1"]),
+        ("method", "RuntimeError", ["rank 3", "'alpha': 1.0", "'alpha': 1.5"]),
+        ("max_norm", "RuntimeError", ["rank 1", "max_norm=2.0", "max_norm=1.0"]),
+        ("parameters", "RuntimeError", ["rank 3", "shared_params", "none, where rank 0 has net.trunk.2.weight [6, 8]", "Shard"]),
+        ("rows: tasks", "RuntimeError", ["rank 3", "tasks with a loss", "task 1, where", "task 0"]),
+        ("rows: next", "RuntimeError", ["task 0", "set_requires_gradient_sync"]),
+        ("rows: end", "RuntimeError", ["task 0", "set_requires_gradient_sync"]),
+        ("accumulation", "ValueError", ["set_requires_gradient_sync(False)", "TaskGradients"]),
+        ("model", "ValueError", ["model:", "sharded"]),
+        ("chunk_size", "ValueError", ["chunk_size=2", "FSDP2", "chunk_size=None"]),
+        ("filler", "ValueError", ["filler='grad'", "sharded", "'auto'"]),
+        ("group", "ValueError", ["process_group", "'auto'"]),
+        ("loss", "TypeError", ["task 0", "full_tensor()"]),
+    ],
+)
+def test_every_rank_is_told(ranks: Ranks, what: str, kind: str, words: list[str]) -> None:
+    for name, text, seconds, clean in ranks.run(4, raised, what):
+        assert name == kind, text
+        assert all(word in text for word in words), text
+        assert seconds < 20
+        assert clean
