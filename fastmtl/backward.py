@@ -99,7 +99,8 @@ def backward(
             half the memory; each is rounded once, the sum is in float32. float16 overflows beyond 65504, the loss scale
             included. None: as they come, which they also are while ``shared_params`` are still to be found.
         filler: How rows are obtained. ``"grad"``: ``torch.autograd.grad``, fires no post-accumulate hooks.
-            ``"backward"``: ``.backward()``, taking ``.grad``; for reentrant checkpointing. ``"auto"`` picks.
+            ``"backward"``: ``.backward()``, taking ``.grad``; for reentrant checkpointing and sharded parameters.
+            ``"auto"`` picks.
         retain_graph: Keep the graph afterwards.
         process_group: The ranks that share a batch, whose local losses average to its losses
             (`fastmtl.distributed.mean`): ``.grad`` is what one process with the whole batch would have, and needs no
@@ -128,6 +129,10 @@ def backward(
         be wrapped in ``DistributedDataParallel``, whose own averaging is not used then, but not with
         ``static_graph=True``; with ``filler="backward"`` pass its ``module`` and run that. Tasks may be absent on some
         ranks: then pass ``model``. Not there: sparse gradients.
+
+        With sharded parameters (FSDP2, tensor parallelism: `fastmtl.sharded`) each rank keeps its shards of the tasks'
+        gradients, ``T P / n`` numbers of n shards; only the Gramian is summed. ``model`` is needed, each task needs a
+        loss on every rank, and the filler is ``"backward"``. FSDP2 holds the gathered parameters during the passes.
 
     Example:
         >>> import torch, fastmtl

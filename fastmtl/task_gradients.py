@@ -164,7 +164,8 @@ class TaskGradients:
             process_group: As for `fastmtl.backward`. Each rank may have run passes of other tasks, or none. The shared
                 parameters' gradients are averaged over the ranks, and those of heads that were given; others are left
                 to the caller. Under ``DistributedDataParallel`` run the forward passes in ``no_sync()``, which saves
-                its averaging of each task's gradients.
+                its averaging of each task's gradients. Where parameters are sharded (FSDP2, tensor parallelism) all
+                ranks run passes of the same tasks.
 
         Returns:
             `Result`; ``grads`` are the shared parameters' ``.grad``. Tasks without a row are absent.

@@ -157,8 +157,7 @@ def train(
     twice = options.pop("twice", False)  # calls per step
     if options.pop("lean", False):
         options["gramian_params"] = trunk[2]
-    if options.get("scaler"):
-        options["scaler"] = torch.amp.GradScaler("cpu", init_scale=4.0)
+    scaler = torch.amp.GradScaler("cpu", init_scale=4.0) if options.pop("scaler", False) else None
     if options.pop("data group", False) and data is not None:
         options["process_group"] = data.get_group()
     overflow = options.pop("overflow", False)
@@ -166,7 +165,7 @@ def train(
     for step in range(steps):
         for call in range(1 + twice):
             if way == "task_gradients":
-                rows = fastmtl.TaskGradients(trunk, 3, heads=heads)
+                rows = fastmtl.TaskGradients(trunk, 3, heads=heads, scaler=scaler)
                 for t in range(3):
                     rows.backward(t, losses_of(model, step + call, dtype, data, [t])[0])
                 weights.append(rows.combine(method, **options).weights)
@@ -175,16 +174,16 @@ def train(
                 if overflow and step % 5 == 2:
                     losses[2] = losses[2] * (float("inf") if rank == size - 1 or data == "none" else 1.0)
                 shared = None if way == "discover" else trunk
-                weights.append(fastmtl.backward(losses, method, shared, model=model, **options).weights)
+                weights.append(fastmtl.backward(losses, method, shared, model=model, scaler=scaler, **options).weights)
         for p in model.parameters():
             if hasattr(p, "full_tensor") and p.grad is not None:
                 assert (p.grad.placements, p.grad.device_mesh) == (p.placements, p.device_mesh)
                 assert p.grad.shape == p.shape
-        if options.get("scaler"):
-            options["scaler"].step(optimizer)
-            options["scaler"].update()
-        else:
+        if scaler is None:
             optimizer.step()
+        else:
+            scaler.step(optimizer)
+            scaler.update()
         optimizer.zero_grad()
     return [*whole(model.parameters()), *whole(method.state_dict().values())], weights
 
@@ -436,7 +435,11 @@ def raised(what: str) -> tuple[str, str, float, bool]:
         ("task", "RuntimeError", ["rank 3", "tasks with a loss", "sum over no sample", "task 2, where", "has task 1"]),
         ("method", "RuntimeError", ["rank 3", "'alpha': 1.0", "'alpha': 1.5"]),
         ("max_norm", "RuntimeError", ["rank 1", "max_norm=2.0", "max_norm=1.0"]),
-        ("parameters", "RuntimeError", ["rank 3", "shared_params", "none, where rank 0 has net.trunk.2.weight [6, 8]", "Shard"]),
+        (
+            "parameters",
+            "RuntimeError",
+            ["rank 3", "shared_params", "none, where rank 0 has", "net.trunk.2.weight [6, 8]", "Shard"],
+        ),
         ("rows: tasks", "RuntimeError", ["rank 3", "tasks with a loss", "task 1, where", "task 0"]),
         ("rows: next", "RuntimeError", ["task 0", "set_requires_gradient_sync"]),
         ("rows: end", "RuntimeError", ["task 0", "set_requires_gradient_sync"]),
