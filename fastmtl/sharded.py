@@ -7,13 +7,13 @@ the batch. The kernels read and write local tensors: this rank's shard of the gr
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 _PLAIN = (Tensor, nn.Parameter)
@@ -150,10 +150,13 @@ def gathered_once(model: nn.Module | None) -> Iterator[None]:
 
 def _param_groups(model: nn.Module) -> list[tuple[Any, Any]]:
     """The modules that FSDP2 has wrapped, and what it knows of their own parameters, which no public way tells."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # imported by whoever uses it
+    if not (dist.is_available() and dist.is_initialized()):
+        return []
+    from torch.distributed.fsdp import FSDPModule
+
     found: list[tuple[Any, Any]] = []
-    for module in () if fsdp is None else model.modules():
-        if isinstance(module, fsdp.FSDPModule):
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
             state: Any = module._get_fsdp_state()
             one = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
             found += [(module, group) for group in one if group is not None]
