@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import fastmtl
 from fastmtl import DWA, HTW, LBTW, MGDA, PELTR, GradNorm, GradVac, PCGrad, UncertaintyWeighting, ops
 from fastmtl.checks import choice, real, whole
 from fastmtl.surgery.base import CommonOptions
@@ -117,6 +118,28 @@ def test_in_a_compiled_graph_where_numbers_are_symbols() -> None:
         (UncertaintyWeighting, {"num_tasks": 2, "kind": 5}, "kind"),
         (UncertaintyWeighting, {"num_tasks": 2, "kind": ["regression", None]}, "kind of task 1"),
         (UncertaintyWeighting, {"num_tasks": 2, "variant": None}, "variant"),
+        (fastmtl.COSMOS, {"num_tasks": 2, "penalty": "a"}, "penalty"),
+        (fastmtl.COSMOS, {"num_tasks": 2, "generator": 3}, "generator"),
+        (fastmtl.ConstantWeighting, {"weights": 1.0}, "weights"),
+        (fastmtl.ConstantWeighting, {"weights": [1.0, None]}, "weights of task 1"),
+        (fastmtl.EqualWeighting, {"num_tasks": 2, "reduction": None}, "reduction"),
+        (fastmtl.FAMO, {"num_tasks": 2, "lr": "a"}, "lr"),
+        (fastmtl.FAMO, {"num_tasks": 2, "after": None}, "after"),
+        (fastmtl.FAMO, {"num_tasks": 2, "min_losses": "a"}, "min_losses"),
+        (fastmtl.GeometricMean, {"num_tasks": 2, "focus": 1}, "focus"),
+        (fastmtl.IMTLL, {"num_tasks": 2, "init": None}, "init"),
+        (fastmtl.LogLoss, {"num_tasks": "a"}, "num_tasks"),
+        (fastmtl.PBI, {"num_tasks": 2, "theta": None}, "theta"),
+        (fastmtl.PBI, {"num_tasks": 2, "preference": 1.0}, "preference"),
+        (fastmtl.PBI, {"num_tasks": 2, "ideal": None}, "ideal"),
+        (fastmtl.RLW, {"num_tasks": 2, "distribution": None}, "distribution"),
+        (fastmtl.ReLoBRaLo, {"num_tasks": 2, "alpha": "a"}, "alpha"),
+        (fastmtl.ReLoBRaLo, {"num_tasks": 2, "start": None}, "start"),
+        (fastmtl.STCH, {"num_tasks": 2, "mu": "a"}, "mu"),
+        (fastmtl.STCH, {"num_tasks": 2, "preference": ["a", 1]}, "preference of task 0"),
+        (fastmtl.STCH, {"num_tasks": 2, "variant": None}, "variant"),
+        (fastmtl.SoftAdapt, {"num_tasks": 2, "beta": None}, "beta"),
+        (fastmtl.SoftAdapt, {"num_tasks": 2, "order": 1.5}, "order"),
     ],
 )
 def test_wrong_types(method: type, options: dict, name: str) -> None:

@@ -44,6 +44,9 @@ MORE_METHODS = METHODS | {
     "Amortized": lambda: fastmtl.Amortized(fastmtl.PCGrad(generator=generator()), update_every=3),
     "LBTW": lambda: fastmtl.LBTW(TASKS),
     "HTW": lambda: fastmtl.HTW(TASKS, main=1, total_steps=STEPS),
+    "RLW": lambda: fastmtl.RLW(TASKS, generator=generator()),
+    "STCH": lambda: fastmtl.STCH(TASKS, variant="log", warmup_epochs=0, steps_per_epoch=3),
+    "FAMO": lambda: fastmtl.FAMO(TASKS, after="next_batch"),
 }
 
 
@@ -440,6 +443,27 @@ def evaluate() -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
         model.eval()
         return model(x, y, "means").item(), before, state_of(model)
     return 0.0, before, before
+
+
+def told_outside_the_call() -> list[Any]:
+    """Preferences drawn before each call, losses told after it; the mean of the ranks' losses is 1, 2 and 3."""
+    factor = 1 + 0.4 * (2 * dist.get_rank() - 1) if dist.is_initialized() else 1.0
+    losses = factor * torch.tensor([1.0, 2.0, 3.0], dtype=torch.float64)
+    cosmos, famo = fastmtl.COSMOS(3, generator=generator()), fastmtl.FAMO(3)
+    drawn = []
+    for _ in range(3):
+        drawn.append(cosmos.sample())
+        cosmos(losses)
+        famo(losses)
+        with torch.no_grad():
+            famo.update(losses * torch.tensor([0.9, 0.5, 0.7]))
+    return [drawn, dict(cosmos.state_dict()), dict(famo.state_dict())]
+
+
+def test_what_a_weighting_draws_and_is_told_outside_its_call(ranks: Ranks) -> None:
+    expected = told_outside_the_call()
+    for found in ranks.run(2, told_outside_the_call):
+        torch.testing.assert_close(found, expected, equal_nan=True, rtol=1e-12, atol=0)
 
 
 def test_evaluation_is_each_ranks_own(ranks: Ranks) -> None:
