@@ -91,6 +91,23 @@ py::tuple frank_wolfe(const Doubles& gramian, const std::optional<Bools>& mask, 
   return py::make_tuple(weights, gap);
 }
 
+py::tuple dual_cone(const Doubles& gramian, const std::optional<Bools>& mask, const Doubles& combinations,
+                    double noise) {
+  Problems problems = problems_of(gramian, mask);
+  const Sizes sizes = sizes_of(combinations);
+  require(sizes.size() == 3 && sizes[0] == gramian.shape(0) && sizes[2] == gramian.shape(1),
+          "combinations: expected shape [K, R, T]");
+  problems.count *= sizes[1];
+  problems.repeats = sizes[1];
+  Doubles weights(sizes), gap(Sizes{sizes[0], sizes[1]});
+  const DualCone method{combinations.data(), noise, weights.mutable_data(), gap.mutable_data()};
+  {
+    py::gil_scoped_release release;
+    dual_cone_cpu(problems, method);
+  }
+  return py::make_tuple(weights, gap);
+}
+
 Doubles pcgrad(const Doubles& gramian, const std::optional<Bools>& mask, int order_kind,
                const std::optional<Longs>& order, int64_t seed, int64_t step, bool include_self, bool mean) {
   const Problems problems = problems_of(gramian, mask);
@@ -210,6 +227,7 @@ PYBIND11_MODULE(_C, m) {
         "The random orders [T,T] of one problem (csrc/solvers/order.h).");
   m.def("min_norm", &fastmtl::min_norm, "gramian"_a, "mask"_a.none(true), "lower_bounds"_a.none(true));
   m.def("frank_wolfe", &fastmtl::frank_wolfe, "gramian"_a, "mask"_a.none(true), "max_iter"_a, "tol"_a, "pair_start"_a);
+  m.def("dual_cone", &fastmtl::dual_cone, "gramian"_a, "mask"_a.none(true), "combinations"_a, "noise"_a);
   m.def("pcgrad", &fastmtl::pcgrad, "gramian"_a, "mask"_a.none(true), "order_kind"_a, "order"_a.none(true), "seed"_a,
         "step"_a, "include_self"_a, "mean"_a);
   m.def("gradvac", &fastmtl::gradvac, "gramian"_a, "targets"_a, "mask"_a.none(true), "order_kind"_a,

@@ -246,6 +246,21 @@ std::tuple<Tensor, Tensor> frank_wolfe(const Tensor& gramian, std::optional<Tens
   return {weights, gap};
 }
 
+std::tuple<Tensor, Tensor> dual_cone(const Tensor& gramian, std::optional<Tensor> mask, const Tensor& combinations,
+                                     double noise) {
+  auto g = problems_of(gramian, mask);
+  const int64_t count = combinations.dim() == 3 ? combinations.size(1) : 0;
+  check_double(combinations, {g.sizes[0], count, g.sizes[1]}, g.device, "combinations");
+  Tensor weights = new_double({g.sizes[0], count, g.sizes[1]}, g.device);
+  Tensor gap = new_double({g.sizes[0], count}, g.device);
+  g.problems.count *= count;
+  g.problems.repeats = count;
+  DualCone args{combinations.const_data_ptr<double>(), noise, weights.mutable_data_ptr<double>(),
+                gap.mutable_data_ptr<double>()};
+  FASTMTL_SOLVE(dual_cone, g, args);
+  return {weights, gap};
+}
+
 Tensor pcgrad(const Tensor& gramian, std::optional<Tensor> mask, std::optional<Tensor> order, std::optional<Tensor> rng,
               int64_t order_kind, bool include_self, bool mean) {
   auto g = problems_of(gramian, mask);
@@ -303,6 +318,7 @@ void implement(Library& m) {
   m.impl("combine_", &combine_inplace_boxed);
   m.impl("min_norm", TORCH_BOX(&min_norm));
   m.impl("frank_wolfe", TORCH_BOX(&frank_wolfe));
+  m.impl("dual_cone", TORCH_BOX(&dual_cone));
   m.impl("pcgrad", TORCH_BOX(&pcgrad));
   m.impl("gradvac", TORCH_BOX(&gradvac));
   m.impl("spectral", TORCH_BOX(&spectral));
@@ -320,6 +336,7 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
   m.def("combine_(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights, Tensor(a!)[] out) -> ()");
   m.def("min_norm(Tensor gramian, Tensor? mask, Tensor? lower_bounds=None) -> (Tensor, Tensor)");
   m.def("frank_wolfe(Tensor gramian, Tensor? mask, int max_iter, float tol, bool pair_start) -> (Tensor, Tensor)");
+  m.def("dual_cone(Tensor gramian, Tensor? mask, Tensor combinations, float noise) -> (Tensor, Tensor)");
   m.def(
       "pcgrad(Tensor gramian, Tensor? mask, Tensor? order, Tensor? rng, int order_kind, bool include_self, bool mean)"
       " -> Tensor");

@@ -23,6 +23,7 @@ from fastmtl.surgery import (
     Amortized,
     ConFIG,
     Constant,
+    DualProj,
     FairGrad,
     GradientMethod,
     GradNorm,
@@ -36,6 +37,7 @@ from fastmtl.surgery import (
     SDMGrad,
     Step,
     Sum,
+    UPGrad,
 )
 from fastmtl.task_gradients import TaskGradients
 from fastmtl.weighting import (
@@ -82,6 +84,7 @@ __all__ = [
     "ConFIG",
     "Constant",
     "ConstantWeighting",
+    "DualProj",
     "EqualWeighting",
     "FairGrad",
     "FeatureSurgery",
@@ -105,6 +108,7 @@ __all__ = [
     "Step",
     "Sum",
     "TaskGradients",
+    "UPGrad",
     "UncertaintyWeighting",
     "aggregate",
     "backward",

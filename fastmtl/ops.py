@@ -215,6 +215,53 @@ def check_frank_wolfe(max_iter: int, tol: float, start: str) -> None:
     choice("start", start, STARTS)
 
 
+def dual_cone(
+    gramian: Tensor, combinations: Tensor, mask: Tensor | None = None, noise: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """Combinations of the gradients, projected onto their dual cone ``{x: <g_t, x> >= 0 for all t}``, exactly.
+
+    Args:
+        gramian: ``[K, T, T]`` float64, symmetric.
+        combinations: u, ``[K, R, T]``: R sums ``p = sum_t u_t g_t`` to project. Entries of tasks that do not take part
+            count as 0.
+        mask: bool ``[K, T]``: which tasks take part; None: all. The entries of the others are not read.
+        noise: Relative error of the Gramian's entries, at most 1: its entry ``(i, j)`` may be off by
+            ``noise |g_i| |g_j|``. Where that makes ``|x|^2`` uncertain by about 1% of ``|p|^2``, because gradients
+            nearly cancel under large weights, or leaves no solution, ``noise T |g_t|^2`` is added to the diagonal: x
+            may then conflict by ``sqrt(noise T) |p|``, and no ``(v_t - u_t) |g_t|`` exceeds ``|p| / sqrt(noise T)``.
+            0: never.
+
+    Returns:
+        The weights v ``[K, R, T]``, float64, of the nearest point ``x = sum_t v_t g_t`` in the cone: the ``v >= u`` of
+        least ``|x|``; and ``[K, R]`` how far they are from optimal: the larger of ``sum_t (v_t - u_t) |<g_t, x>|`` and
+        ``|p| max_t -<g_t, x> / |g_t|``, 0 at the optimum. All NaN where an entry that takes part is not finite; absent
+        tasks have weight 0.
+
+    Raises:
+        TypeError, ValueError: ``combinations`` of another shape, ``noise`` out of range.
+
+    Note:
+        Cost per combination: an active-set method, a pivot of T^2 / 2 operations for each task to be projected onto, or
+        somewhat more; T operations for each non-zero entry of u where p is in the cone. One launch on a GPU. Accuracy:
+        see `fastmtl.solvers.dual_cone`.
+
+    Example:
+        >>> import torch, fastmtl
+        >>> m = torch.tensor([[18., -22.], [-22., 38.]], dtype=torch.float64)
+        >>> fastmtl.ops.dual_cone(m[None], torch.eye(2)[None])[0]
+        tensor([[[1.0000, 0.5789],
+                 [1.2222, 1.0000]]], dtype=torch.float64)
+    """
+    noise = real("noise", noise, 0, 1)
+    if combinations.dim() != 3 or combinations.shape[::2] != gramian.shape[:2]:
+        expected = f"[{gramian.shape[0]}, R, {gramian.shape[1]}]"
+        raise ValueError(f"combinations: expected shape {expected}, found {list(combinations.shape)}")
+    if not _extension.kernels_on(gramian.device.type):
+        return reference.dual_cone(gramian, combinations, mask, noise)
+    u = combinations.detach().to(gramian.device, torch.float64).contiguous()
+    return torch.ops.fastmtl.dual_cone(gramian, mask, u, noise)
+
+
 def pcgrad(
     gramian: Tensor,
     mask: Tensor | None = None,
@@ -431,6 +478,9 @@ def _register() -> None:
     def min_norm_fake(gramian: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         return gramian.new_empty(gramian.shape[:2]), gramian.new_empty(gramian.shape[:1])
 
+    def dual_cone_fake(gramian: Tensor, mask: Tensor | None, u: Tensor, noise: float) -> tuple[Tensor, Tensor]:
+        return torch.empty_like(u), u.new_empty(u.shape[:2])
+
     def gradvac_fake(gramian: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         return gramian.new_empty(gramian.shape[:2]), torch.empty_like(gramian)
 
@@ -440,6 +490,7 @@ def _register() -> None:
         "combine_": nothing,
         "min_norm": min_norm_fake,
         "frank_wolfe": min_norm_fake,
+        "dual_cone": dual_cone_fake,
         "pcgrad": weights_fake,
         "gradvac": gradvac_fake,
         "spectral": weights_fake,

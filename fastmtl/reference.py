@@ -155,6 +155,80 @@ def frank_wolfe(
     return _like(gramian, weights), _like(gramian, gap)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def dual_cone(
+    gramian: Tensor, combinations: Tensor, mask: Tensor | None = None, noise: float = 0.0
+) -> tuple[Tensor, Tensor]:
+    """As `fastmtl.ops.dual_cone`, as non-negative least squares by the algorithm of Lawson and Hanson.
+
+    Reference:
+        Lawson, Hanson: Solving Least Squares Problems. 1974, chapter 23. Here on the Gramian.
+    """
+    problems = _problems(gramian, mask)
+    u = _to_host(combinations)
+    if u.ndim != 3 or (u.shape[0], u.shape[2]) != tuple(gramian.shape[:2]):
+        expected = f"[{gramian.shape[0]}, R, {gramian.shape[1]}]"
+        raise ValueError(f"combinations: expected shape {expected}, found {list(u.shape)}")
+    weights, gap = np.zeros(u.shape), np.zeros(u.shape[:2])
+    for k, tasks, m in problems:
+        for r, start in enumerate(u[k][:, tasks]):
+            if not (np.isfinite(m).all() and np.isfinite(start).all()):
+                weights[k, r], gap[k, r] = np.nan, np.nan
+            elif tasks.size:
+                weights[k, r, tasks], gap[k, r] = _project(m, start, noise)
+    return _like(gramian, weights), _like(gramian, gap)
+
+
+def _project(m: Floats, u: Floats, noise: float) -> tuple[Floats, float]:
+    """One combination's weights, and how far they are from optimal."""
+    norms = np.sqrt(np.maximum(m.diagonal(), 0))
+    inverse = np.divide(1, norms, out=np.zeros_like(norms), where=norms > 0)
+    length = float(np.abs(u) @ norms)
+    if length == 0:
+        return u, 0.0
+    unit = max(math.sqrt(max(float(u @ m @ u), 0)), 1e-8 * length)
+    cosines, opposed = inverse[:, None] * m * inverse, -inverse * (m @ u) / unit
+    smallest = 1e-12 + 1e-15 * length / unit
+    for ridge in (0.0, noise * len(m)):
+        v = u + unit * inverse * _nonnegative(cosines + ridge * np.eye(len(m)), opposed, smallest)
+        products = m @ v
+        gap = float(max((v - u) @ np.abs(products), unit * max(-inverse * products), 0))
+        if noise == 0 or (noise * ((v * norms / unit) ** 2).sum() <= 1e-2 and gap <= noise * unit**2):
+            break
+    return v, gap
+
+
+def _nonnegative(a: Floats, b: Floats, smallest: float) -> Floats:
+    """``argmin 1/2 z^T A z - b^T z`` over ``z >= 0``; slopes up to ``smallest`` are rounding."""
+    z: Floats = np.zeros_like(b)
+    support, reached = np.zeros(len(b), dtype=bool), 0.0
+    tried = support.copy()  # who entered since the objective last fell
+    while True:
+        slope = np.where(support | tried, 0.0, b - a @ z)
+        enters = int(slope.argmax())
+        if slope[enters] <= smallest:
+            return z
+        before, before_support = z, support.copy()
+        support[enters] = True
+        while True:
+            solution = np.zeros_like(z)
+            solution[support] = np.linalg.lstsq(a[np.ix_(support, support)], b[support], rcond=1e-13)[0]
+            blocked = support & (solution <= 0)
+            if not blocked.any():
+                break
+            step = (z[blocked] / np.maximum(z[blocked] - solution[blocked], 1e-300)).min()
+            z = np.maximum(z + step * (solution - z), 0)
+            support &= ~(blocked & (z <= 1e-15 * (1 + np.abs(solution))))
+            z[~support] = 0
+        now = float(0.5 * solution @ a @ solution - b @ solution)
+        if now < reached - 1e-15:
+            z, reached = solution, now
+            tried[:] = False
+        else:
+            z, support = before, before_support
+            tried[enters] = True
+
+
 def _step_to_shortest(start: Any, inner: Any, end: Any) -> Any:
     """How far from one point towards another the shortest point lies, from their squares and inner product."""
     if inner >= start:

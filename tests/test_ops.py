@@ -691,6 +691,7 @@ def example_calls() -> dict[str, list[tuple]]:
             (separate, 3, False, [1, 0], two, [torch.randn(4), torch.randn(2, 2)]),
         ],
         "min_norm": [(gramian, None), (gramian, mask)],
+        "dual_cone": [(gramian, None, targets, 0.0), (gramian, mask, targets[:, :1].contiguous(), 1e-6)],
         "pcgrad": [(gramian, mask, None, rng, 0, False, True), (gramian, None, order, None, 1, True, False)],
         "gradvac": [(gramian, mask, None, rng, 0, targets, 0.1, False, True)],
     }
@@ -782,6 +783,7 @@ def test_backward_through_an_operator_says_that_there_is_none() -> None:
     gramian = torch.eye(3, dtype=torch.float64).unsqueeze(0).requires_grad_()
     results = {
         "min_norm": ops.min_norm(gramian)[0],
+        "dual_cone": ops.dual_cone(gramian, torch.eye(3)[None])[0],
         "pcgrad": ops.pcgrad(gramian, order="fixed"),
         "gradvac": ops.gradvac(gramian, torch.zeros(1, 3, 3, dtype=torch.float64), order="fixed")[0],
     }

@@ -466,6 +466,7 @@ def test_gradvac_is_finite_for_targets_of_one(target: float) -> None:
 
 SOLVERS: dict[str, Callable] = {
     "min_norm": lambda lib, m, mask: lib.min_norm(m, mask)[0],
+    "dual_cone": lambda lib, m, mask: lib.dual_cone(m, torch.full_like(m[:, :1], 0.5), mask)[0][:, 0],
     "pcgrad": lambda lib, m, mask: lib.pcgrad(m, mask, "fixed"),
     "pcgrad_mean": lambda lib, m, mask: lib.pcgrad(m, mask, "fixed", None, True, "mean"),
     "gradvac": lambda lib, m, mask: lib.gradvac(m, torch.full_like(m, 0.3), mask, "fixed")[0],

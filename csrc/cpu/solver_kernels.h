@@ -15,6 +15,11 @@ FASTMTL_SOLVER double frank_wolfe(const Problem& problem, const FrankWolfe& meth
   return frank_wolfe_problem(HostTeam(), problem, method, scratch, weights);
 }
 
+FASTMTL_SOLVER double dual_cone(const Problem& problem, const double* combination, double noise, double* scratch,
+                                double* weights) {
+  return dual_cone_problem(HostTeam(), problem, combination, noise, scratch, weights);
+}
+
 FASTMTL_SOLVER void one_pcgrad_row(const Problem& problem, const PCGrad& method, int row, double* scratch,
                                    double* coefficients) {
   pcgrad_row(HostTeam(), problem, method.order, method.include_self, row, scratch, coefficients);
@@ -34,7 +39,7 @@ FASTMTL_SOLVER void spectral(const Problem& problem, const Spectral& method, dou
   spectral_problem(HostTeam(), problem, method, scratch, weights);
 }
 
-constexpr SolverKernels kSolverKernels = {min_norm,        bounded_min_norm, frank_wolfe, one_pcgrad_row,
-                                          one_gradvac_row, fairgrad,         spectral};
+constexpr SolverKernels kSolverKernels = {min_norm,       bounded_min_norm, frank_wolfe, dual_cone,
+                                          one_pcgrad_row, one_gradvac_row,  fairgrad,    spectral};
 
 #undef FASTMTL_SOLVER

@@ -7,6 +7,7 @@
 
 #include "../parallel.h"
 #include "../solvers/bounded_min_norm.h"
+#include "../solvers/dual_cone.h"
 #include "../solvers/fairgrad.h"
 #include "../solvers/frank_wolfe.h"
 #include "../solvers/gradvac.h"
@@ -22,6 +23,7 @@ struct SolverKernels {
   double (*min_norm)(const Problem&, double* scratch, double* weights);
   double (*bounded_min_norm)(const Problem&, const double* bounds, double* scratch, double* weights);
   double (*frank_wolfe)(const Problem&, const FrankWolfe&, double* scratch, double* weights);
+  double (*dual_cone)(const Problem&, const double* combination, double noise, double* scratch, double* weights);
   void (*pcgrad_row)(const Problem&, const PCGrad&, int row, double* scratch, double* coefficients);
   void (*gradvac_row)(const Problem&, const GradVac&, int row, const double* targets, double* new_targets,
                       double* scratch, double* coefficients);
@@ -96,6 +98,24 @@ void frank_wolfe_cpu(const Problems& problems, const FrankWolfe& method) {
   const SolverKernels& kernels = solver_kernels();
   for_each_problem(problems, frank_wolfe_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
     method.gap[k] = kernels.frank_wolfe(problem_at(problems, k), method, scratch, method.weights + k * t);
+  });
+}
+
+void dual_cone_cpu(const Problems& problems, const DualCone& method) {
+  const int64_t t = problems.num_tasks;
+  const SolverKernels& kernels = solver_kernels();
+  std::vector<char> finite;
+  for (int64_t k = 0; k < problems.count; k += problems.repeats) {
+    finite.push_back(is_finite(HostTeam(), problem_at(problems, k)));
+  }
+  for_each_problem(problems, dual_cone_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
+    double* weights = method.weights + k * t;
+    if (finite[k / problems.repeats]) {
+      method.gap[k] =
+          kernels.dual_cone(problem_at(problems, k), method.combinations + k * t, method.noise, scratch, weights);
+    } else {
+      std::fill(weights, weights + t, method.gap[k] = std::numeric_limits<double>::quiet_NaN());
+    }
   });
 }
 

@@ -1,9 +1,11 @@
 // The batched T x T solvers: csrc/solvers/ run by warps and blocks.
 //
 // PCGrad, GradVac: one warp per problem and row i, K * T warps; then the rows' coefficients are added, in order.
-// Min-norm, with and without bounds, Frank-Wolfe, FairGrad, spectral: one warp (T <= 32) or one block per problem.
-// What a solver works on lies in shared memory where it fits, else in the caller's scratch.
+// Min-norm, with and without bounds, Frank-Wolfe, dual cone, FairGrad, spectral: one warp (T <= 32) or one block per
+// problem. What a solver works on lies in shared memory where it fits, else in the caller's scratch; blocks that need
+// scratch take several problems each where there are many.
 #include "../solvers/bounded_min_norm.h"
+#include "../solvers/dual_cone.h"
 #include "../solvers/fairgrad.h"
 #include "../solvers/frank_wolfe.h"
 #include "../solvers/gradvac.h"
@@ -20,6 +22,7 @@ namespace {
 
 constexpr int kWarp = 32, kBlock = 256;
 constexpr int64_t kSharedBytes = 40 << 10;  // of the 48 KB that need no opt-in
+constexpr int64_t kTeamsInScratch = 256;
 
 bool fits_shared(int64_t doubles) { return doubles * int64_t{sizeof(double)} <= kSharedBytes; }
 size_t shared_bytes(int64_t doubles) { return fits_shared(doubles) ? doubles * sizeof(double) : 0; }
@@ -110,10 +113,11 @@ cudaError_t launch_rows(void (*kernel)(Problems, Args, double*, double*), const 
                 coefficients, args.weights);
 }
 
-// ---- min-norm, Frank-Wolfe, FairGrad: one team per problem ----
+// ---- min-norm, Frank-Wolfe, dual cone, FairGrad: one team per problem ----
 
 int64_t team_doubles(const MinNorm&, int num_tasks) { return min_norm_scratch(num_tasks); }
 int64_t team_doubles(const BoundedMinNorm&, int num_tasks) { return bounded_min_norm_scratch(num_tasks); }
+int64_t team_doubles(const DualCone&, int num_tasks) { return dual_cone_scratch(num_tasks); }
 int64_t team_doubles(const FrankWolfe&, int num_tasks) { return frank_wolfe_scratch(num_tasks); }
 int64_t team_doubles(const Spectral&, int num_tasks) { return spectral_scratch(num_tasks); }
 int64_t team_doubles(const FairGrad&, int num_tasks) { return fairgrad_scratch(num_tasks); }
@@ -150,6 +154,17 @@ __device__ __forceinline__ double solve(const Team& team, const Problem& problem
   return 0;
 }
 
+template <class Team>
+__device__ __forceinline__ double solve(const Team& team, const Problem& problem, const DualCone& args, double* memory,
+                                        double* weights) {
+  if (is_finite(team, problem)) {
+    return dual_cone_problem(team, problem, args.combinations + problem.index * problem.num_tasks, args.noise, memory,
+                             weights);
+  }
+  detail::fill_weights(team, problem.num_tasks, detail::kNan, weights);
+  return detail::kNan;
+}
+
 template <class Args>
 __device__ __forceinline__ void store_gap(const Args& args, int64_t problem, double gap) {
   args.gap[problem] = gap;
@@ -159,10 +174,13 @@ __device__ __forceinline__ void store_gap(const Spectral&, int64_t, double) {}  
 template <class Team, class Args>
 __device__ __forceinline__ void solve_problem(const Team& team, const Problems& problems, const Args& args,
                                               double* scratch, int64_t doubles) {
-  const Problem problem = problem_at(problems, blockIdx.x);
-  const double gap =
-      solve(team, problem, args, solver_memory(scratch, doubles), args.weights + problem.index * problem.num_tasks);
-  if (team.rank() == 0) store_gap(args, problem.index, gap);
+  double* const memory = solver_memory(scratch, doubles);
+  for (int64_t k = blockIdx.x; k < problems.count; k += gridDim.x) {
+    const Problem problem = problem_at(problems, k);
+    const double gap = solve(team, problem, args, memory, args.weights + k * problem.num_tasks);
+    if (team.rank() == 0) store_gap(args, k, gap);
+    team.sync();
+  }
 }
 
 template <class Args>
@@ -178,9 +196,14 @@ __global__ void __launch_bounds__(kBlock, 1)
   solve_problem(BlockTeam<kBlock>(memory), problems, args, scratch, doubles);
 }
 
+int64_t num_teams(const Problems& problems, int64_t doubles) {
+  return fits_shared(doubles) || problems.count < kTeamsInScratch ? problems.count : kTeamsInScratch;
+}
+
 template <class Args>
 size_t team_scratch(const Problems& problems) {
-  return scratch_bytes(team_doubles(Args(), problems.num_tasks), problems.count);
+  const int64_t doubles = team_doubles(Args(), problems.num_tasks);
+  return scratch_bytes(doubles, num_teams(problems, doubles));
 }
 
 template <class Args>
@@ -189,8 +212,8 @@ cudaError_t launch_teams(const Problems& problems, const Args& args, void* scrat
   const int64_t doubles = team_doubles(args, problems.num_tasks);
   double* const memory = fits_shared(doubles) ? nullptr : static_cast<double*>(scratch);
   const bool warp = problems.num_tasks <= kWarp;
-  return launch(warp ? warp_kernel<Args> : block_kernel<Args>, dim3(problems.count), warp ? kWarp : kBlock,
-                shared_bytes(doubles), stream, problems, args, memory, doubles);
+  return launch(warp ? warp_kernel<Args> : block_kernel<Args>, dim3(num_teams(problems, doubles)),
+                warp ? kWarp : kBlock, shared_bytes(doubles), stream, problems, args, memory, doubles);
 }
 
 }  // namespace
@@ -223,6 +246,12 @@ size_t bounded_min_norm_cuda_scratch(const Problems& problems) { return team_scr
 
 cudaError_t bounded_min_norm_cuda(const Problems& problems, const BoundedMinNorm& args, void* scratch,
                                   cudaStream_t stream) {
+  return launch_teams(problems, args, scratch, stream);
+}
+
+size_t dual_cone_cuda_scratch(const Problems& problems) { return team_scratch<DualCone>(problems); }
+
+cudaError_t dual_cone_cuda(const Problems& problems, const DualCone& args, void* scratch, cudaStream_t stream) {
   return launch_teams(problems, args, scratch, stream);
 }
 

@@ -20,8 +20,8 @@ struct Problem {
 };
 
 FASTMTL_HD Problem problem_at(const Problems& problems, int64_t k) {
-  const int64_t t = problems.num_tasks;
-  return {k, problems.num_tasks, problems.gramian + k * t * t, problems.mask ? problems.mask + k * t : nullptr};
+  const int64_t t = problems.num_tasks, m = problems.repeats == 1 ? k : k / problems.repeats;
+  return {k, problems.num_tasks, problems.gramian + m * t * t, problems.mask ? problems.mask + m * t : nullptr};
 }
 
 // Whether all entries of one present row among the present tasks are finite. (x * 0 is 0 for finite x only, and a sum

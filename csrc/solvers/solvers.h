@@ -13,6 +13,7 @@ struct Problems {
   int32_t num_tasks;      // T
   const double* gramian;  // [K,T,T]
   const uint8_t* mask;    // [K,T] or null
+  int64_t repeats = 1;    // so many problems in turn have one Gramian and mask, of which there are K / repeats
 };
 
 // In which order task i meets the others. `explicit_order` [T,T] or, if batched, [K,T,T]: row i is a permutation of
@@ -45,6 +46,15 @@ struct FrankWolfe {
   int64_t max_iter;
   double tol;  // on the sum of the weights' changes
   bool pair_start;
+  double* weights;
+  double* gap;
+};
+
+// argmin |sum_t v_t g_t|^2 over v >= combinations [K,T]: the projection of sum_t u_t g_t onto the dual cone.
+// gap [K]: see dual_cone.h.
+struct DualCone {
+  const double* combinations;
+  double noise;
   double* weights;
   double* gap;
 };
@@ -88,6 +98,7 @@ struct Spectral {
 void min_norm_cpu(const Problems&, const MinNorm&);
 void bounded_min_norm_cpu(const Problems&, const BoundedMinNorm&);
 void frank_wolfe_cpu(const Problems&, const FrankWolfe&);
+void dual_cone_cpu(const Problems&, const DualCone&);
 void pcgrad_cpu(const Problems&, const PCGrad&);
 void gradvac_cpu(const Problems&, const GradVac&);
 void fairgrad_cpu(const Problems&, const FairGrad&);

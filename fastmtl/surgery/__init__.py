@@ -6,6 +6,7 @@ from fastmtl.surgery.base import GradientMethod, Step
 from fastmtl.surgery.config import ConFIG
 from fastmtl.surgery.constant import Constant, Mean, Sum
 from fastmtl.surgery.cr_mogm import CRMOGM
+from fastmtl.surgery.dualproj import DualProj
 from fastmtl.surgery.fairgrad import FairGrad
 from fastmtl.surgery.gradnorm import GradNorm
 from fastmtl.surgery.gradvac import GradVac
@@ -18,6 +19,7 @@ from fastmtl.surgery.pcgrad import PCGrad
 from fastmtl.surgery.peltr import PELTR
 from fastmtl.surgery.random_grad_weights import RandomGradWeights
 from fastmtl.surgery.sdmgrad import SDMGrad
+from fastmtl.surgery.upgrad import UPGrad
 
 __all__ = [
     "CRMOGM",
@@ -28,6 +30,7 @@ __all__ = [
     "Amortized",
     "ConFIG",
     "Constant",
+    "DualProj",
     "FairGrad",
     "GradNorm",
     "GradVac",
@@ -41,4 +44,5 @@ __all__ = [
     "SDMGrad",
     "Step",
     "Sum",
+    "UPGrad",
 ]

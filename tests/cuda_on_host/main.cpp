@@ -17,6 +17,7 @@ int main(int argc, char** argv) {
       {"combine", combine},
       {"min_norm", min_norm},
       {"bounded_min_norm", bounded_min_norm},
+      {"dual_cone", dual_cone},
       {"frank_wolfe", frank_wolfe},
       {"fairgrad", fairgrad},
       {"spectral", spectral},

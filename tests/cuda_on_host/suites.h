@@ -8,6 +8,7 @@ void gram_long();    // many terms per sum
 void combine();
 void min_norm();
 void bounded_min_norm();
+void dual_cone();
 void frank_wolfe();
 void fairgrad();
 void spectral();

@@ -8,6 +8,7 @@
 namespace {
 
 using fastmtl::BoundedMinNorm;
+using fastmtl::DualCone;
 using fastmtl::FairGrad;
 using fastmtl::FrankWolfe;
 using fastmtl::GradVac;
@@ -252,6 +253,50 @@ void bounded_min_norm_case(const RandomProblems& data, double slack, double tole
   }
 }
 
+// All tasks but every fourth one by one, and a random combination: `count` of them in turn. Of more teams than have
+// scratch of their own only the first and the last ones have anything to do.
+void dual_cone_case(const RandomProblems& data, int64_t count, double noise, double tolerance) {
+  ++check::num_cases;
+  const int64_t t = data.t, size = data.problems.count * count;
+  const check::Exact<double> combinations(size * t), weights(size * t), gap(size);
+  std::mt19937 random(t);
+  std::uniform_real_distribution<double> uniform;
+  for (int64_t n = 0; n < size; ++n) {
+    const bool idle = size > 256 && n > 2 && n < 256;
+    for (int i = 0; i < t; ++i) combinations[n * t + i] = idle ? 0 : n % 4 == 3 ? uniform(random) : n % t == i;
+  }
+  Problems problems = data.problems;
+  problems.count = size;
+  problems.repeats = count;
+  const check::Exact<char> scratch(fastmtl::dual_cone_cuda_scratch(problems));
+  const std::string name = "dual_cone T=" + std::to_string(t) + " noise " + std::to_string(noise);
+  const DualCone args = {combinations.get(), noise, weights.get(), gap.get()};
+  check::succeeded(name, fastmtl::dual_cone_cuda(problems, args, scratch.get(), nullptr));
+  for (int64_t n = 0; n < size; ++n) {
+    const int64_t k = n / count;
+    const std::vector<double> v(weights.get() + n * t, weights.get() + (n + 1) * t);
+    std::vector<double> u(t);
+    for (int i = 0; i < t; ++i) u[i] = data.present(k, i) ? combinations[n * t + i] : 0;
+    double squared = 0, conflict = 0, added = 0, below = 0;
+    for (int i = 0; i < t; ++i) {
+      if (!data.present(k, i)) {
+        check::within(name + " weight of an absent task", std::abs(v[i]), 0);
+        continue;
+      }
+      const double inner = product(data, k, v, i), norm = std::sqrt(data.at(k, i, i));
+      squared += u[i] * product(data, k, u, i);
+      conflict = std::max(conflict, norm > 0 ? -inner / norm : 0);
+      added += (v[i] - u[i]) * std::abs(inner);
+      if (!(v[i] >= u[i])) below = u[i] - v[i];
+    }
+    if (squared == 0) squared = 1;
+    const double found = std::max(added, conflict * std::sqrt(squared));
+    check::within(name + " weight below its bound", std::abs(below), 0);
+    check::within(name + " gap", found / squared, tolerance);
+    check::within(name + " stated gap", std::abs(gap[n] - found) / squared, tolerance);
+  }
+}
+
 std::vector<double> frank_wolfe_loop(const RandomProblems& data, int64_t k, int max_iter, double tol, bool pair_start) {
   const int t = data.t;
   const auto inner = [&](const std::vector<double>& a, const std::vector<double>& b) {
@@ -464,6 +509,27 @@ void bounded_min_norm() {
   const BoundedMinNorm args = {bounds.get(), weights.get(), gap.get()};
   check::succeeded("bounded_min_norm", fastmtl::bounded_min_norm_cuda(data.problems, args, scratch.get(), nullptr));
   check::within("bounded_min_norm: finite weights although M or c is not", count_finite(weights.get(), 14), 0);
+}
+
+void dual_cone() {
+  for (int t = 1; t <= 40; ++t) dual_cone_case(RandomProblems(2, t, t + 20, t % 2 == 0), 1 + t % 6, 0, 1e-11);
+  dual_cone_case(RandomProblems(3, 6, 20, true), 6, 1e-12, 1e-11);  // the noise has no effect
+  dual_cone_case(RandomProblems(2, 5, 5, false), 5, 1e-3, 0.5);     // and here it has
+  dual_cone_case(RandomProblems(2, 48, 3, false), 2, 0, 1e-8);      // dependent gradients
+  dual_cone_case(RandomProblems(1, 72, 100, true), 3, 0, 1e-11);
+  dual_cone_case(RandomProblems(2, 110, 150, false), 2, 0, 1e-11);   // too large for shared memory
+  dual_cone_case(RandomProblems(1, 95, 120, false), 259, 0, 1e-11);  // more teams than have scratch
+
+  const RandomProblems data(3, 7, 20, false);
+  for (int j = 0; j < 7; ++j) data.at(0, 4, j) = data.at(0, j, 4) = 0;
+  data.at(1, 2, 2) = NAN;
+  const check::Exact<double> combinations(3 * 7), weights(3 * 7), gap(3);
+  for (int i = 0; i < 3 * 7; ++i) combinations[i] = i == 15 ? INFINITY : 1;
+  const check::Exact<char> scratch(fastmtl::dual_cone_cuda_scratch(data.problems));
+  const DualCone args = {combinations.get(), 0, weights.get(), gap.get()};
+  check::succeeded("dual_cone", fastmtl::dual_cone_cuda(data.problems, args, scratch.get(), nullptr));
+  check::within("dual_cone: weight of a zero gradient", std::abs(weights[4] - 1), 0);
+  check::within("dual_cone: finite weights although M or u is not", count_finite(weights.get() + 7, 14), 0);
 }
 
 void frank_wolfe() {

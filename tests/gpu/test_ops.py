@@ -195,6 +195,13 @@ def test_solvers_agree_with_their_cpu_kernels(num_tasks: int) -> None:
     bounds = torch.full((num_tasks,), 0.5 / num_tasks, dtype=torch.float64)
     expected = ops.min_norm(gramian, mask, bounds)[0]
     close(ops.min_norm(on_gpu[0], on_gpu[1], bounds.cuda())[0], expected, 1e-7)
+    each = torch.eye(num_tasks, dtype=torch.float64).expand(3, -1, -1)
+    for noise in (0.0, 5e-7):
+        close(
+            ops.dual_cone(on_gpu[0], each.cuda(), on_gpu[1], noise)[0],
+            ops.dual_cone(gramian, each, mask, noise)[0],
+            1e-7,
+        )
     for start in ("uniform", "pair"):
         expected = ops.frank_wolfe(gramian, mask, 50, 0.0, start)[0]
         close(ops.frank_wolfe(on_gpu[0], on_gpu[1], 50, 0.0, start)[0], expected, 1e-9)
@@ -210,7 +217,12 @@ def test_solvers_give_nan_where_the_gramian_is_not_finite() -> None:
     gramian[1, 2, 3] = gramian[1, 3, 2] = torch.inf
     targets = torch.full_like(gramian, 0.25)
     weights, moved = ops.gradvac(gramian, targets, order="fixed")
-    for w in (weights, ops.min_norm(gramian)[0], ops.pcgrad(gramian, order="fixed")):
+    for w in (
+        weights,
+        ops.min_norm(gramian)[0],
+        ops.dual_cone(gramian, gramian[:1].expand(2, -1, -1))[0],
+        ops.pcgrad(gramian, order="fixed"),
+    ):
         assert w[0].isfinite().all()
         assert w[1].isnan().all()
     assert torch.equal(moved[1], targets[1])

@@ -16,6 +16,7 @@ from fastmtl import (
     AlignedMTL,
     ConFIG,
     Constant,
+    DualProj,
     FairGrad,
     GradNorm,
     GradVac,
@@ -26,6 +27,7 @@ from fastmtl import (
     PCGrad,
     SDMGrad,
     Sum,
+    UPGrad,
 )
 
 JACOBIAN = torch.tensor([[-4.0, 1.0, 1.0], [6.0, 1.0, 1.0]], dtype=torch.float64)
@@ -46,6 +48,8 @@ def tensor(*values: float) -> Tensor:
         (FairGrad(1.0), (0.5915, 0.4071), (0.0766, 0.9985, 0.9985)),
         (PCGrad(), (2.2222, 1.5789), (0.5848, 3.8012, 3.8012)),
         (GradVac(), (2.2222, 1.5789), (0.5848, 3.8012, 3.8012)),
+        (UPGrad(), (1.1111, 0.7895), (0.2924, 1.9006, 1.9006)),
+        (DualProj(), (0.6111, 0.5), (0.5556, 1.1111, 1.1111)),
         (PCGrad(reduction="mean"), (1.1111, 0.7895), (0.2924, 1.9006, 1.9006)),
         (Sum(), (1, 1), (2, 2, 2)),
         (Mean(), (0.5, 0.5), (1, 1, 1)),
