@@ -49,3 +49,24 @@ def duality_gap(m: Tensor, weights: Tensor) -> float:
     w = weights.double()
     v = m @ w
     return float((w @ v - v.min()) / m.diagonal().min())
+
+
+def dual_cone_weights(m: Tensor, combinations: Tensor) -> Tensor:
+    """``argmin v^T M v`` over ``v >= u`` for each row u ``[R, T]``, by Hildreth's cyclic descent until it stands."""
+    v = combinations.clone()
+    products = v @ m
+    for _ in range(10_000):
+        before = v.clone()
+        for t in range(len(m)):
+            step = (v[:, t] - products[:, t] / m[t, t]).maximum(combinations[:, t]) - v[:, t]
+            v[:, t] += step
+            products += step[:, None] * m[t]
+        if (v - before).abs().max() < 1e-15:
+            break
+    return v
+
+
+def direction_error(m: Tensor, found: Tensor, expected: Tensor) -> float:
+    """Norm of the error of ``sum_t w_t g_t`` over its norm."""
+    error = found.double() - expected
+    return float(((error @ m @ error).clamp(min=0) / (expected @ m @ expected)).sqrt())

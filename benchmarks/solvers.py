@@ -3,7 +3,8 @@
 Gramians of random gradients whose norms differ by an order of magnitude. Ratios are to fastmtl's method object, which
 also checks its input; ``ops`` is what a training step calls. GradVac's targets move as the calls go on, for both. The
 error of PCGrad and GradVac (first step) is that of the weights, relative to their norm, with the same visiting orders
-in fp64; that of min-norm is the duality gap over the smallest squared norm: 0 at the optimum.
+in fp64; that of min-norm is the duality gap over the smallest squared norm: 0 at the optimum; that of UPGrad and
+DualProj the error of the direction, relative to its norm.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ def run(report: Report) -> None:
         _pcgrad(report, gramian)
         _gradvac(report, gramian)
         _min_norm(report, gramian)
+        _upgrad(report, gramian)
+        _dualproj(report, gramian)
 
 
 def _pcgrad(report: Report, gramian: Tensor) -> None:
@@ -97,6 +100,35 @@ def _min_norm(report: Report, gramian: Tensor) -> None:
     for name in ("fastmtl", "fastmtl.ops"):
         check(name, errors[name], 1e-9)
     _report(report, "MGDA", gramian, providers, errors)
+
+
+def _upgrad(report: Report, gramian: Tensor) -> None:
+    each = torch.eye(len(gramian), dtype=torch.float64)[None] / len(gramian)
+    _dual_cone(report, gramian, fastmtl.UPGrad(), each)
+
+
+def _dualproj(report: Report, gramian: Tensor) -> None:
+    mean = torch.full((1, 1, len(gramian)), 1 / len(gramian), dtype=torch.float64)
+    _dual_cone(report, gramian, fastmtl.DualProj(), mean)
+
+
+def _dual_cone(report: Report, gramian: Tensor, method: fastmtl.GradientMethod, combinations: Tensor) -> None:
+    name, batch = type(method).__name__, gramian[None]
+    providers: dict[str, Callable[[], Any]] = {
+        "fastmtl": lambda: method(gramian),
+        "fastmtl.ops": lambda: fastmtl.ops.dual_cone(batch, combinations, noise=5e-7)[0].sum(1)[0],
+    }
+    if torchjd is not None:
+        try:
+            weighting = getattr(torchjd, f"{name}Weighting")()
+            providers["TorchJD"] = lambda: weighting(gramian)
+        except ImportError as error:  # its solver is an extra
+            print(f"NO COMPARISON WITH TORCHJD's {name}: {error}")
+    expected = oracle.dual_cone_weights(gramian, combinations[0]).sum(0)
+    errors = {by: oracle.direction_error(gramian, f(), expected) for by, f in providers.items()}
+    for by in ("fastmtl", "fastmtl.ops"):
+        check(by, errors[by], 1e-9)
+    _report(report, name, gramian, providers, errors)
 
 
 def _errors(found: dict[str, Tensor], expected: Tensor) -> dict[str, float]:
