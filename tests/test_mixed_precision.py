@@ -28,6 +28,10 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "Amortized": ("Amortized", {"update_every": 2}),
 }
 
+# How far training in 16 bits may stray, of the way from the start; else 0.05. Held weights make GradVac's jumps, at a
+# cosine of 0, last longer; PBI has a kink; LogLoss weighs by 1 / L, so its steps overshoot where a loss comes near 0.
+NEAR = {"Amortized": 0.1, "PBI": 0.1, "LogLoss": 0.4}
+
 
 def make(variant: str, way: str) -> GradientMethod | LossWeighting:
     name, options = VARIANTS[variant]
@@ -211,7 +215,7 @@ def test_training_is_close_to_fp32(variant: str, way: str, autocast: torch.dtype
             reference.step(x, update=stepped)
     assert skipped == (0 if run.scaler is None else round(math.log2(FIRST / run.scaler.get_scale())))
     assert skipped < 10
-    near = 0.1 if variant == "Amortized" else 0.05  # held weights make GradVac's jumps, at a cosine of 0, last longer
+    near = NEAR.get(variant, 0.05)
     assert (run.flat() - reference.flat()).norm() < near * (reference.flat() - start).norm()
     for found, expected in zip(run.method.buffers(), reference.method.buffers(), strict=True):
         torch.testing.assert_close(found, expected, rtol=0.1, atol=0.05, equal_nan=True)
