@@ -261,6 +261,21 @@ std::tuple<Tensor, Tensor> dual_cone(const Tensor& gramian, std::optional<Tensor
   return {weights, gap};
 }
 
+std::tuple<Tensor, Tensor> simplex_lp(const Tensor& gramian, std::optional<Tensor> mask, const Tensor& objective,
+                                      const Tensor& bounds, const Tensor& extra, const Tensor& extra_bound) {
+  auto g = problems_of(gramian, mask);
+  check_double(objective, g.sizes, g.device, "objective");
+  check_double(bounds, g.sizes, g.device, "bounds");
+  check_double(extra, g.sizes, g.device, "extra");
+  check_double(extra_bound, {g.sizes[0]}, g.device, "extra_bound");
+  Tensor weights = new_double(g.sizes, g.device), violation = new_double({g.sizes[0]}, g.device);
+  SimplexLp args{objective.const_data_ptr<double>(), bounds.const_data_ptr<double>(),
+                 extra.const_data_ptr<double>(),     extra_bound.const_data_ptr<double>(),
+                 weights.mutable_data_ptr<double>(), violation.mutable_data_ptr<double>()};
+  FASTMTL_SOLVE(simplex_lp, g, args);
+  return {weights, violation};
+}
+
 Tensor pcgrad(const Tensor& gramian, std::optional<Tensor> mask, std::optional<Tensor> order, std::optional<Tensor> rng,
               int64_t order_kind, bool include_self, bool mean) {
   auto g = problems_of(gramian, mask);
@@ -319,6 +334,7 @@ void implement(Library& m) {
   m.impl("min_norm", TORCH_BOX(&min_norm));
   m.impl("frank_wolfe", TORCH_BOX(&frank_wolfe));
   m.impl("dual_cone", TORCH_BOX(&dual_cone));
+  m.impl("simplex_lp", TORCH_BOX(&simplex_lp));
   m.impl("pcgrad", TORCH_BOX(&pcgrad));
   m.impl("gradvac", TORCH_BOX(&gradvac));
   m.impl("spectral", TORCH_BOX(&spectral));
@@ -337,6 +353,9 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
   m.def("min_norm(Tensor gramian, Tensor? mask, Tensor? lower_bounds=None) -> (Tensor, Tensor)");
   m.def("frank_wolfe(Tensor gramian, Tensor? mask, int max_iter, float tol, bool pair_start) -> (Tensor, Tensor)");
   m.def("dual_cone(Tensor gramian, Tensor? mask, Tensor combinations, float noise) -> (Tensor, Tensor)");
+  m.def(
+      "simplex_lp(Tensor gramian, Tensor? mask, Tensor objective, Tensor bounds, Tensor extra, Tensor extra_bound)"
+      " -> (Tensor, Tensor)");
   m.def(
       "pcgrad(Tensor gramian, Tensor? mask, Tensor? order, Tensor? rng, int order_kind, bool include_self, bool mean)"
       " -> Tensor");

@@ -16,6 +16,7 @@ from fastmtl.monitor import Monitor
 from fastmtl.result import Result
 from fastmtl.surgery import (
     CRMOGM,
+    EPO,
     IMTLG,
     MGDA,
     PELTR,
@@ -69,6 +70,7 @@ __all__ = [
     "COSMOS",
     "CRMOGM",
     "DWA",
+    "EPO",
     "FAMO",
     "HTW",
     "IMTLG",

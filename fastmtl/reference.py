@@ -270,6 +270,36 @@ def fairgrad(
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
+def simplex_lp(
+    gramian: Tensor,
+    objective: Tensor,
+    bounds: Tensor,
+    extra: Tensor,
+    extra_bound: Tensor,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """As `fastmtl.ops.simplex_lp`, with one artificial variable per bound; where none fits, their sum is smallest."""
+    weights, violation = np.zeros(gramian.shape[:2]), np.zeros(gramian.shape[0])
+    q, b, e, f = map(_to_host, (objective, bounds, extra, extra_bound))
+    for k, tasks, m in _problems(gramian, mask):
+        rows = np.vstack([m, e[k, tasks]])
+        right = np.append(b[k, tasks], f[k])
+        held = right != -np.inf
+        rows, right = rows[held], right[held]
+        if not np.isfinite(np.concatenate([m.ravel(), q[k, tasks], rows.ravel(), right])).all():
+            weights[k], violation[k] = np.nan, np.nan
+        elif tasks.size:
+            rows = rows - right[:, None]  # as the weights sum to 1
+            largest = np.abs(rows).max(1, initial=0.0)
+            rows = rows[largest > 0] / largest[largest > 0, None]
+            w = _maximize_on_simplex(q[k, tasks], rows)
+            weights[k, tasks] = w
+            missed = float((-rows @ w).max(initial=0.0))
+            violation[k] = missed if missed > 1e-9 else 0.0
+    return _like(gramian, weights), _like(gramian, violation)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def pcgrad(
     gramian: Tensor,
     mask: Tensor | None = None,
@@ -436,6 +466,72 @@ def visiting_order(num_groups: int, num_tasks: int, order: Tensor | str, rng: Te
     rows = num_tasks if order == "random" else 1
     drawn = _shuffles(num_groups, rows, num_tasks, seed, step)
     return torch.from_numpy(np.broadcast_to(drawn, shape).copy())
+
+
+def _maximize_on_simplex(q: Floats, rows: Floats) -> Floats:
+    """``argmax q.w`` over the simplex with ``rows @ w >= 0``; where there is none, the smallest sum of violations.
+
+    Reference:
+        The simplex method in two phases, by Bland's rule: New Finite Pivoting Rules for the Simplex Method.
+        Mathematics of Operations Research 2, 1977.
+    """
+    (m, n), size = rows.shape, len(rows) + 1
+    tableau = np.zeros((size, n + m + size + 1))  # weights, slacks, artificial variables, right-hand side
+    tableau[:m, :n], tableau[:m, n : n + m] = -rows, np.eye(m)
+    tableau[m, :n] = tableau[m, -1] = 1
+    tableau[:, n + m : -1] = np.eye(size)
+    basis = np.append(np.arange(n, n + m), n + m + m)
+    # The slacks are a basis but for sum w = 1; an artificial one takes the place of a slack that would be negative.
+    start = int(q.argmax())
+    tableau[:m] -= np.outer(tableau[:m, start], tableau[m])
+    tableau[:m, n + m + m] = 0
+    basis[m] = start
+    for i in np.flatnonzero(tableau[:m, -1] < 0):
+        tableau[i] *= -1
+        tableau[i, n + m + i] = 1
+        basis[i] = n + m + i
+    first = np.zeros(tableau.shape[1] - 1)
+    first[n + m : n + m + m] = -1
+    scale = np.abs(q).max()
+    second = np.append(q / scale if scale > 0 else q, np.zeros(m))
+    last = n + m + m  # beyond: the artificial variable of the sum, which has left
+    _bland(tableau, basis, first[:last])
+    if tableau[basis >= n + m, -1].sum() <= 1e-9:
+        for i in np.flatnonzero(basis >= n + m).tolist():  # at 0: whatever may take its place
+            column = int(np.abs(tableau[i, : n + m]).argmax())
+            if abs(tableau[i, column]) > 1e-10:
+                _exchange(tableau, basis, i, column)
+        _bland(tableau, basis, second)
+    w = np.zeros(n)
+    inside = basis < n
+    w[basis[inside]] = tableau[inside, -1].clip(min=0)
+    shares: Floats = w / w.sum()
+    return shares
+
+
+def _bland(tableau: Floats, basis: Ints, objective: Floats) -> None:
+    """Pivot until the objective over the first columns, 0 for others in the basis, is largest."""
+    costs = np.append(objective, np.zeros(tableau.shape[1] - 1 - len(objective)))
+    while True:
+        slopes = objective - costs[basis] @ tableau[:, : len(objective)]
+        slopes[basis[basis < len(objective)]] = 0
+        rising = np.flatnonzero(slopes > 1e-11)
+        if rising.size == 0:
+            return
+        column = int(rising[0])
+        candidates = np.flatnonzero(tableau[:, column] > 1e-10)
+        if candidates.size == 0:
+            return
+        ratios = tableau[candidates, -1].clip(min=0) / tableau[candidates, column]
+        ties = candidates[ratios <= ratios.min() * (1 + 1e-12)]
+        _exchange(tableau, basis, int(ties[basis[ties].argmin()]), column)
+
+
+def _exchange(tableau: Floats, basis: Ints, row: int, column: int) -> None:
+    tableau[row] /= tableau[row, column]
+    others = np.arange(len(tableau)) != row
+    tableau[others] -= np.outer(tableau[others, column], tableau[row])
+    basis[row] = column
 
 
 class _Solution(torch.autograd.Function):

@@ -40,6 +40,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "GradNorm": {"lr": 0.2},
     "PELTR": {"lower_bounds": [0.1, 0.2, 0.3]},
     "Constant": {"weights": [0.5, 2.0, -1.0]},
+    "EPO": {"preference": [1.0, 2.0, 0.5]},
     "Krum": {"num_byzantine": 0},
     "MoDo": {"num_tasks": 1},  # on three batches
     "SDMGrad": {"num_tasks": 1},

@@ -20,6 +20,10 @@ FASTMTL_SOLVER double dual_cone(const Problem& problem, const double* combinatio
   return dual_cone_problem(HostTeam(), problem, combination, noise, scratch, weights);
 }
 
+FASTMTL_SOLVER double simplex_lp(const Problem& problem, const SimplexLp& method, double* scratch, double* weights) {
+  return simplex_lp_problem(HostTeam(), problem, method, scratch, weights);
+}
+
 FASTMTL_SOLVER void one_pcgrad_row(const Problem& problem, const PCGrad& method, int row, double* scratch,
                                    double* coefficients) {
   pcgrad_row(HostTeam(), problem, method.order, method.include_self, row, scratch, coefficients);
@@ -39,7 +43,7 @@ FASTMTL_SOLVER void spectral(const Problem& problem, const Spectral& method, dou
   spectral_problem(HostTeam(), problem, method, scratch, weights);
 }
 
-constexpr SolverKernels kSolverKernels = {min_norm,       bounded_min_norm, frank_wolfe, dual_cone,
+constexpr SolverKernels kSolverKernels = {min_norm,       bounded_min_norm, frank_wolfe, dual_cone, simplex_lp,
                                           one_pcgrad_row, one_gradvac_row,  fairgrad,    spectral};
 
 #undef FASTMTL_SOLVER

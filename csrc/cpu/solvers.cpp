@@ -13,6 +13,7 @@
 #include "../solvers/gradvac.h"
 #include "../solvers/min_norm.h"
 #include "../solvers/pcgrad.h"
+#include "../solvers/simplex_lp.h"
 #include "../solvers/spectral.h"
 #include "dispatch.h"
 
@@ -24,6 +25,7 @@ struct SolverKernels {
   double (*bounded_min_norm)(const Problem&, const double* bounds, double* scratch, double* weights);
   double (*frank_wolfe)(const Problem&, const FrankWolfe&, double* scratch, double* weights);
   double (*dual_cone)(const Problem&, const double* combination, double noise, double* scratch, double* weights);
+  double (*simplex_lp)(const Problem&, const SimplexLp&, double* scratch, double* weights);
   void (*pcgrad_row)(const Problem&, const PCGrad&, int row, double* scratch, double* coefficients);
   void (*gradvac_row)(const Problem&, const GradVac&, int row, const double* targets, double* new_targets,
                       double* scratch, double* coefficients);
@@ -116,6 +118,14 @@ void dual_cone_cpu(const Problems& problems, const DualCone& method) {
     } else {
       std::fill(weights, weights + t, method.gap[k] = std::numeric_limits<double>::quiet_NaN());
     }
+  });
+}
+
+void simplex_lp_cpu(const Problems& problems, const SimplexLp& method) {
+  const int64_t t = problems.num_tasks;
+  const SolverKernels& kernels = solver_kernels();
+  for_each_problem(problems, simplex_lp_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
+    method.gap[k] = kernels.simplex_lp(problem_at(problems, k), method, scratch, method.weights + k * t);
   });
 }
 

@@ -29,6 +29,8 @@ size_t frank_wolfe_cuda_scratch(const Problems&);
 cudaError_t frank_wolfe_cuda(const Problems&, const FrankWolfe&, void* scratch, cudaStream_t stream);
 size_t dual_cone_cuda_scratch(const Problems&);
 cudaError_t dual_cone_cuda(const Problems&, const DualCone&, void* scratch, cudaStream_t stream);
+size_t simplex_lp_cuda_scratch(const Problems&);
+cudaError_t simplex_lp_cuda(const Problems&, const SimplexLp&, void* scratch, cudaStream_t stream);
 size_t pcgrad_cuda_scratch(const Problems&);
 cudaError_t pcgrad_cuda(const Problems&, const PCGrad&, void* scratch, cudaStream_t stream);
 size_t gradvac_cuda_scratch(const Problems&);

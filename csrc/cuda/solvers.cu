@@ -11,6 +11,7 @@
 #include "../solvers/gradvac.h"
 #include "../solvers/min_norm.h"
 #include "../solvers/pcgrad.h"
+#include "../solvers/simplex_lp.h"
 #include "../solvers/spectral.h"
 #include "cuda.h"
 #include "launch.h"
@@ -121,6 +122,13 @@ int64_t team_doubles(const DualCone&, int num_tasks) { return dual_cone_scratch(
 int64_t team_doubles(const FrankWolfe&, int num_tasks) { return frank_wolfe_scratch(num_tasks); }
 int64_t team_doubles(const Spectral&, int num_tasks) { return spectral_scratch(num_tasks); }
 int64_t team_doubles(const FairGrad&, int num_tasks) { return fairgrad_scratch(num_tasks); }
+int64_t team_doubles(const SimplexLp&, int num_tasks) { return simplex_lp_scratch(num_tasks); }
+
+template <class Team>
+__device__ __forceinline__ double solve(const Team& team, const Problem& problem, const SimplexLp& args, double* memory,
+                                        double* weights) {
+  return simplex_lp_problem(team, problem, args, memory, weights);
+}
 
 template <class Team>
 __device__ __forceinline__ double solve(const Team& team, const Problem& problem, const MinNorm&, double* memory,
@@ -252,6 +260,12 @@ cudaError_t bounded_min_norm_cuda(const Problems& problems, const BoundedMinNorm
 size_t dual_cone_cuda_scratch(const Problems& problems) { return team_scratch<DualCone>(problems); }
 
 cudaError_t dual_cone_cuda(const Problems& problems, const DualCone& args, void* scratch, cudaStream_t stream) {
+  return launch_teams(problems, args, scratch, stream);
+}
+
+size_t simplex_lp_cuda_scratch(const Problems& problems) { return team_scratch<SimplexLp>(problems); }
+
+cudaError_t simplex_lp_cuda(const Problems& problems, const SimplexLp& args, void* scratch, cudaStream_t stream) {
   return launch_teams(problems, args, scratch, stream);
 }
 

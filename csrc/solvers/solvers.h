@@ -59,6 +59,17 @@ struct DualCone {
   double* gap;
 };
 
+// argmax of objective^T w [K,T] over the simplex with M w >= bounds [K,T], and extra [K,T] w >= extra_bound [K]; a bound
+// of -inf: none. gap [K]: 0; where there is no such w, by how much the w returned, the best one, misses.
+struct SimplexLp {
+  const double* objective;
+  const double* bounds;
+  const double* extra;
+  const double* extra_bound;
+  double* weights;
+  double* gap;
+};
+
 struct PCGrad {
   Order order;
   bool include_self;
@@ -99,6 +110,7 @@ void min_norm_cpu(const Problems&, const MinNorm&);
 void bounded_min_norm_cpu(const Problems&, const BoundedMinNorm&);
 void frank_wolfe_cpu(const Problems&, const FrankWolfe&);
 void dual_cone_cpu(const Problems&, const DualCone&);
+void simplex_lp_cpu(const Problems&, const SimplexLp&);
 void pcgrad_cpu(const Problems&, const PCGrad&);
 void gradvac_cpu(const Problems&, const GradVac&);
 void fairgrad_cpu(const Problems&, const FairGrad&);

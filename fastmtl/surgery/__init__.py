@@ -7,6 +7,7 @@ from fastmtl.surgery.config import ConFIG
 from fastmtl.surgery.constant import Constant, Mean, Sum
 from fastmtl.surgery.cr_mogm import CRMOGM
 from fastmtl.surgery.dualproj import DualProj
+from fastmtl.surgery.epo import EPO
 from fastmtl.surgery.fairgrad import FairGrad
 from fastmtl.surgery.gradnorm import GradNorm
 from fastmtl.surgery.gradvac import GradVac
@@ -23,6 +24,7 @@ from fastmtl.surgery.upgrad import UPGrad
 
 __all__ = [
     "CRMOGM",
+    "EPO",
     "IMTLG",
     "MGDA",
     "PELTR",

@@ -19,6 +19,7 @@ int main(int argc, char** argv) {
       {"bounded_min_norm", bounded_min_norm},
       {"dual_cone", dual_cone},
       {"frank_wolfe", frank_wolfe},
+      {"simplex_lp", simplex_lp},
       {"fairgrad", fairgrad},
       {"spectral", spectral},
       {"pcgrad", pcgrad},

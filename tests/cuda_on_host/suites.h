@@ -10,6 +10,7 @@ void min_norm();
 void bounded_min_norm();
 void dual_cone();
 void frank_wolfe();
+void simplex_lp();
 void fairgrad();
 void spectral();
 void pcgrad();

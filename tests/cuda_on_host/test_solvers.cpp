@@ -2,6 +2,7 @@
 // conditions, FairGrad and the spectral weights by their equations.
 #include "../../csrc/cuda/cuda.h"
 #include "../../csrc/solvers/order.h"
+#include "../../csrc/solvers/simplex_lp.h"
 #include "check.h"
 #include "suites.h"
 
@@ -17,6 +18,7 @@ using fastmtl::Order;
 using fastmtl::OrderKind;
 using fastmtl::PCGrad;
 using fastmtl::Problems;
+using fastmtl::SimplexLp;
 using fastmtl::Spectral;
 using fastmtl::SpectralRule;
 using Matrix = std::vector<std::vector<double>>;
@@ -369,6 +371,52 @@ void frank_wolfe_case(const RandomProblems& data, int max_iter, bool pair_start)
   check::within(name, largest_difference(weights, expected), 1e-9);
 }
 
+// The objective of a team of one, whose results tests/solvers compare with SciPy, and the inequalities.
+void simplex_lp_case(const RandomProblems& data, bool bounded, bool extra) {
+  ++check::num_cases;
+  const Problems& problems = data.problems;
+  const int64_t t = data.t, size = problems.count * t;
+  const check::Exact<double> q(size), b(size), e(size), f(problems.count), weights(size), gap(problems.count);
+  std::mt19937 random(t);
+  std::normal_distribution<double> normal;
+  for (int64_t i = 0; i < size; ++i) {
+    const bool present = data.present(i / t, i % t);
+    q[i] = present ? normal(random) : NAN;
+    e[i] = present ? normal(random) : NAN;
+    b[i] = !present ? NAN : bounded ? 0.0 : -INFINITY;
+  }
+  for (int64_t k = 0; k < problems.count; ++k) f[k] = extra ? 0.1 : -INFINITY;
+  const SimplexLp args = {q.get(), b.get(), e.get(), f.get(), weights.get(), gap.get()};
+  const check::Exact<char> scratch(fastmtl::simplex_lp_cuda_scratch(problems));
+  const std::string name = "simplex_lp T=" + std::to_string(t);
+  check::succeeded(name, fastmtl::simplex_lp_cuda(problems, args, scratch.get(), nullptr));
+  std::vector<double> memory(fastmtl::simplex_lp_scratch(t)), alone(t);
+  for (int64_t k = 0; k < problems.count; ++k) {
+    const fastmtl::Problem problem = fastmtl::problem_at(problems, k);
+    const double missed = fastmtl::simplex_lp_problem(fastmtl::HostTeam(), problem, args, memory.data(), alone.data());
+    check::within(name + " violation", std::abs(gap[k] - missed), 1e-9);
+    const std::vector<double> w(weights.get() + k * t, weights.get() + (k + 1) * t);
+    double sum = 0, lowest = 0, reached = 0, expected = 0, along = 0;
+    for (int i = 0; i < t; ++i) {
+      sum += w[i];
+      lowest = w[i] >= lowest ? lowest : w[i];
+      if (!data.present(k, i)) {
+        check::within(name + " weight of an absent task", std::abs(w[i]), 0);
+        continue;
+      }
+      reached += q[k * t + i] * w[i];
+      expected += q[k * t + i] * alone[i];
+      along += e[k * t + i] * w[i];
+      if (bounded && missed == 0) check::within(name + " bound", -product(data, k, w, i), 1e-7);
+    }
+    check::within(name + " sum", std::abs(sum - 1), 1e-12);
+    check::within(name + " negative weight", -lowest, 0);
+    if (missed > 0) continue;
+    check::within(name + " objective", std::abs(reached - expected), 1e-8);
+    if (extra) check::within(name + " last bound", 0.1 - along, 1e-8);
+  }
+}
+
 // preference: of task i, i % 3 / 2, and so 0 for every third.
 void fairgrad_case(const RandomProblems& data, double alpha, bool weighted) {
   ++check::num_cases;
@@ -609,4 +657,19 @@ void spectral() {
     check::within("spectral: finite weights of a finite problem", 7 - count_finite(weights.get(), 7), 0);
     check::within("spectral: finite weights although M is not", count_finite(weights.get() + 7, 7), 0);
   }
+}
+
+void simplex_lp() {
+  for (int t = 1; t <= 40; ++t) simplex_lp_case(RandomProblems(2, t, t + 20, t % 2 == 0), t % 5 != 0, t % 3 == 0);
+  for (int t : {5, 20, 40}) simplex_lp_case(RandomProblems(2, t, 3, false), true, false);  // dependent gradients
+  simplex_lp_case(RandomProblems(1, 72, 100, true), true, true);  // too large for shared memory
+
+  const RandomProblems data(1, 7, 20, false);
+  data.at(0, 2, 2) = NAN;
+  const check::Exact<double> zeros(7), weights(7), gap(1);
+  for (int i = 0; i < 7; ++i) zeros[i] = 0;
+  const check::Exact<char> scratch(fastmtl::simplex_lp_cuda_scratch(data.problems));
+  const SimplexLp args = {zeros.get(), zeros.get(), zeros.get(), zeros.get(), weights.get(), gap.get()};
+  check::succeeded("simplex_lp", fastmtl::simplex_lp_cuda(data.problems, args, scratch.get(), nullptr));
+  check::within("simplex_lp: finite weights although M is not", count_finite(weights.get(), 7), 0);
 }

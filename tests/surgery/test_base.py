@@ -11,6 +11,7 @@ import torch
 import fastmtl
 from fastmtl import (
     CRMOGM,
+    EPO,
     IMTLG,
     MGDA,
     PELTR,
@@ -53,6 +54,7 @@ METHODS: dict[str, Callable[[], GradientMethod]] = {
     "Mean": Mean,
     "Constant": lambda: Constant([1, 2, 3, 4, 5, 6]),
     "RandomGradWeights": RandomGradWeights,
+    "EPO": EPO,
     "Krum": lambda: Krum(1, 2),
     "SDMGrad": lambda: SDMGrad(2, lr=0.01, num_steps=2),
     "MoDo": lambda: MoDo(2, gamma=0.001),

@@ -10,6 +10,7 @@ from torch import Tensor
 
 import fastmtl
 from fastmtl import (
+    EPO,
     IMTLG,
     MGDA,
     PELTR,
@@ -119,6 +120,20 @@ def test_krum_on_a_line(method: fastmtl.GradientMethod, weights: tuple) -> None:
     """Gradients 0, 0.5, 1, 4, 10 along one direction."""
     line = tensor(0, 0.5, 1, 4, 10)
     assert method(torch.outer(line, line)).tolist() == list(weights)
+
+
+@pytest.mark.parametrize(
+    ("method", "losses", "weights"),
+    [
+        (EPO(), (1, 1), (1 / 3, 2 / 3)),  # descent: w_1 - w_2 / 2 >= 0 holds as an equality
+        (EPO([1, 3]), (1, 1), (0, 1)),  # Ma = (-1.24, 2.06)
+        (EPO([1, 3]), (3, 1), (1 / 3, 2 / 3)),
+        (EPO([3, 1]), (1, 1), (1, 0)),
+    ],
+)
+def test_epo(method: fastmtl.GradientMethod, losses: tuple, weights: tuple) -> None:
+    found = method(torch.tensor([[1.0, -0.5], [-0.5, 2.0]]), losses=tensor(*losses))
+    torch.testing.assert_close(found, tensor(*weights))
 
 
 @pytest.mark.parametrize(
