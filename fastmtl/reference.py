@@ -497,10 +497,10 @@ def _maximize_on_simplex(q: Floats, rows: Floats) -> Floats:
     last = n + m + m  # beyond: the artificial variable of the sum, which has left
     _bland(tableau, basis, first[:last])
     if tableau[basis >= n + m, -1].sum() <= 1e-9:
-        for i in np.flatnonzero(basis >= n + m).tolist():  # at 0: whatever may take its place
-            column = int(np.abs(tableau[i, : n + m]).argmax())
-            if abs(tableau[i, column]) > 1e-10:
-                _exchange(tableau, basis, i, column)
+        for late in np.flatnonzero(basis >= n + m).tolist():  # at 0: whatever may take its place
+            column = int(np.abs(tableau[late, : n + m]).argmax())
+            if abs(tableau[late, column]) > 1e-10:
+                _exchange(tableau, basis, late, column)
         _bland(tableau, basis, second)
     w = np.zeros(n)
     inside = basis < n
