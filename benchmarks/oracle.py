@@ -70,3 +70,21 @@ def direction_error(m: Tensor, found: Tensor, expected: Tensor) -> float:
     """Norm of the error of ``sum_t w_t g_t`` over its norm."""
     error = found.double() - expected
     return float(((error @ m @ error).clamp(min=0) / (expected @ m @ expected)).sqrt())
+
+
+def aligned_weights(m: Tensor) -> Tensor:
+    """AlignedMTL's weights for a Gramian of full rank."""
+    values, vectors = torch.linalg.eigh(m)
+    return vectors @ ((values[0] / values).sqrt() * vectors.mean(0))
+
+
+def equal_cosines_weights(m: Tensor) -> Tensor:
+    """The weights of a direction with the same cosine to every gradient, of full rank; of any length."""
+    return torch.linalg.solve(m, m.diagonal().sqrt())
+
+
+def config_weights(m: Tensor) -> Tensor:
+    """ConFIG's weights for a Gramian of full rank."""
+    weights = equal_cosines_weights(m)
+    products = m @ weights
+    return weights * products.sum() / (weights @ products)

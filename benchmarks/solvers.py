@@ -5,6 +5,8 @@ also checks its input; ``ops`` is what a training step calls. GradVac's targets 
 error of PCGrad and GradVac (first step) is that of the weights, relative to their norm, with the same visiting orders
 in fp64; that of min-norm is the duality gap over the smallest squared norm: 0 at the optimum; that of UPGrad and
 DualProj the error of the direction, relative to its norm.
+error is that of the weights, relative to their norm, with the same visiting orders for PCGrad and GradVac (first step);
+that of min-norm is the duality gap over the smallest squared norm: 0 at the optimum.
 """
 
 from __future__ import annotations
@@ -40,6 +42,9 @@ def run(report: Report) -> None:
         _min_norm(report, gramian)
         _upgrad(report, gramian)
         _dualproj(report, gramian)
+        _aligned_mtl(report, gramian)
+        _imtl_g(report, gramian)
+        _config(report, gramian)
 
 
 def _pcgrad(report: Report, gramian: Tensor) -> None:
@@ -129,6 +134,48 @@ def _dual_cone(report: Report, gramian: Tensor, method: fastmtl.GradientMethod, 
     for by in ("fastmtl", "fastmtl.ops"):
         check(by, errors[by], 1e-9)
     _report(report, name, gramian, providers, errors)
+
+
+def _aligned_mtl(report: Report, gramian: Tensor) -> None:
+    method, batch = fastmtl.AlignedMTL(), gramian[None]
+    providers: dict[str, Callable[[], Any]] = {
+        "fastmtl": lambda: method(gramian),
+        "fastmtl.ops": lambda: fastmtl.ops.aligned_mtl(batch)[0],
+    }
+    if torchjd is not None:
+        weighting = torchjd.AlignedMTLWeighting()
+        providers["TorchJD"] = lambda: weighting(gramian)
+    found = {name: f() for name, f in providers.items()}
+    _report(report, "AlignedMTL", gramian, providers, _errors(found, oracle.aligned_weights(gramian)))
+
+
+def _imtl_g(report: Report, gramian: Tensor) -> None:
+    method, batch = fastmtl.IMTLG(), gramian[None]
+    providers: dict[str, Callable[[], Any]] = {
+        "fastmtl": lambda: method(gramian),
+        "fastmtl.ops": lambda: fastmtl.ops.equal_cosines(batch, length="sum_to_one")[0],
+    }
+    if torchjd is not None:
+        weighting = torchjd.IMTLGWeighting()
+        providers["TorchJD"] = lambda: weighting(gramian)
+    expected = oracle.equal_cosines_weights(gramian)
+    found = {name: f() for name, f in providers.items()}
+    _report(report, "IMTLG", gramian, providers, _errors(found, expected / expected.sum()))
+
+
+def _config(report: Report, gramian: Tensor) -> None:
+    method, batch = fastmtl.ConFIG(), gramian[None]
+    providers: dict[str, Callable[[], Any]] = {
+        "fastmtl": lambda: method(gramian),
+        "fastmtl.ops": lambda: fastmtl.ops.equal_cosines(batch)[0],
+    }
+    found = {name: f() for name, f in providers.items()}
+    if torchjd is not None:
+        aggregator = torchjd.ConFIG()
+        jacobian = torch.linalg.cholesky(gramian)  # TorchJD's wants gradients: the smallest with this Gramian
+        providers["TorchJD"] = lambda: aggregator(jacobian)
+        found["TorchJD"] = torch.linalg.solve(jacobian.T, aggregator(jacobian))
+    _report(report, "ConFIG", gramian, providers, _errors(found, oracle.config_weights(gramian)))
 
 
 def _errors(found: dict[str, Tensor], expected: Tensor) -> dict[str, float]:

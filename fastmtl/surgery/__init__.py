@@ -16,6 +16,7 @@ from fastmtl.surgery.krum import Krum
 from fastmtl.surgery.mgda import MGDA
 from fastmtl.surgery.modo import MoDo
 from fastmtl.surgery.nash_mtl import NashMTL
+from fastmtl.surgery.pcd import PCD
 from fastmtl.surgery.pcgrad import PCGrad
 from fastmtl.surgery.peltr import PELTR
 from fastmtl.surgery.random_grad_weights import RandomGradWeights
@@ -27,6 +28,7 @@ __all__ = [
     "EPO",
     "IMTLG",
     "MGDA",
+    "PCD",
     "PELTR",
     "AlignedMTL",
     "Amortized",

@@ -58,6 +58,7 @@ def tensor(*values: float) -> Tensor:
         (AlignedMTL(), (0.5591, 0.4083), (0.2133, 0.9673, 0.9673)),
         (ConFIG(), (1.2265, 0.8441), (0.1588, 2.0706, 2.0706)),
         (IMTLG(), (0.5923, 0.4077), (0.0767, 1.0, 1.0)),
+        (fastmtl.PCD(), (1.8481, 1.0954), (-0.8200, 2.9434, 2.9434)),
         (PCGrad(rescale="sum_to_one"), (0.5846, 0.4154), (0.1538, 1.0, 1.0)),
     ],
     ids=lambda x: type(x).__name__ if isinstance(x, torch.nn.Module) else "",
