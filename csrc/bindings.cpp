@@ -141,6 +141,18 @@ py::tuple gradvac(const Doubles& gramian, const Doubles& targets, const std::opt
   return py::make_tuple(weights, new_targets);
 }
 
+py::tuple cagrad(const Doubles& gramian, const std::optional<Bools>& mask, double c) {
+  const Problems problems = problems_of(gramian, mask);
+  Doubles weights = new_weights(gramian);
+  Doubles gap(Sizes{gramian.shape(0)});
+  const CAGrad method{c, weights.mutable_data(), gap.mutable_data()};
+  {
+    py::gil_scoped_release release;
+    cagrad_cpu(problems, method);
+  }
+  return py::make_tuple(weights, gap);
+}
+
 py::tuple fairgrad(const Doubles& gramian, const std::optional<Bools>& mask, const std::optional<Doubles>& preference,
                    double alpha) {
   const Problems problems = problems_of(gramian, mask);
@@ -232,6 +244,7 @@ PYBIND11_MODULE(_C, m) {
         "step"_a, "include_self"_a, "mean"_a);
   m.def("gradvac", &fastmtl::gradvac, "gramian"_a, "targets"_a, "mask"_a.none(true), "order_kind"_a,
         "order"_a.none(true), "seed"_a, "step"_a, "beta"_a, "ema_first"_a, "ema_always"_a);
+  m.def("cagrad", &fastmtl::cagrad, "gramian"_a, "mask"_a.none(true), "c"_a);
   m.def("fairgrad", &fastmtl::fairgrad, "gramian"_a, "mask"_a.none(true), "preference"_a.none(true), "alpha"_a);
   m.def("spectral", &fastmtl::spectral, "gramian"_a, "mask"_a.none(true), "preference"_a.none(true), "rule"_a);
 }

@@ -303,6 +303,14 @@ std::tuple<Tensor, Tensor> gradvac(const Tensor& gramian, std::optional<Tensor> 
   return {weights, moved};
 }
 
+std::tuple<Tensor, Tensor> cagrad(const Tensor& gramian, std::optional<Tensor> mask, double c) {
+  auto g = problems_of(gramian, mask);
+  Tensor weights = new_double(g.sizes, g.device), gap = new_double({g.sizes[0]}, g.device);
+  CAGrad args{c, weights.mutable_data_ptr<double>(), gap.mutable_data_ptr<double>()};
+  FASTMTL_SOLVE(cagrad, g, args);
+  return {weights, gap};
+}
+
 std::tuple<Tensor, Tensor> fairgrad(const Tensor& gramian, std::optional<Tensor> mask, std::optional<Tensor> preference,
                                     double alpha) {
   auto g = problems_of(gramian, mask);
@@ -338,6 +346,7 @@ void implement(Library& m) {
   m.impl("pcgrad", TORCH_BOX(&pcgrad));
   m.impl("gradvac", TORCH_BOX(&gradvac));
   m.impl("spectral", TORCH_BOX(&spectral));
+  m.impl("cagrad", TORCH_BOX(&cagrad));
   m.impl("fairgrad", TORCH_BOX(&fairgrad));
 }
 
@@ -362,6 +371,7 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
   m.def(
       "gradvac(Tensor gramian, Tensor? mask, Tensor? order, Tensor? rng, int order_kind, Tensor targets, float beta,"
       " bool ema_first, bool ema_always) -> (Tensor, Tensor)");
+  m.def("cagrad(Tensor gramian, Tensor? mask, float c) -> (Tensor, Tensor)");
   m.def("fairgrad(Tensor gramian, Tensor? mask, Tensor? preference, float alpha) -> (Tensor, Tensor)");
   m.def("spectral(Tensor gramian, Tensor? mask, Tensor? preference, int rule) -> Tensor");
 }

@@ -404,6 +404,37 @@ def fairgrad(
     return torch.ops.fastmtl.fairgrad(gramian, mask, preference, alpha)
 
 
+def cagrad(gramian: Tensor, mask: Tensor | None = None, c: float = 0.4) -> tuple[Tensor, Tensor]:
+    """CAGrad's weights, exactly; see `fastmtl.CAGrad` for the method.
+
+    Args:
+        gramian: ``[K, T, T]`` float64, symmetric.
+        mask: bool ``[K, T]``, or None.
+        c: The radius of the ball around the mean gradient, in units of its norm; at least 0.
+
+    Returns:
+        The weights ``[K, T]`` float64, ``1/T + lambda w``, and the duality gap ``[K]``: how much larger the least gain
+        of a direction in the ball could be at most. All NaN where an entry that takes part is not finite; all 0 where
+        no task takes part.
+
+    Raises:
+        TypeError, ValueError: ``c`` is not a number, or out of range.
+
+    Note:
+        Cost: a few min-norm problems; one launch on a GPU. See `fastmtl.solvers.cagrad`.
+
+    Example:
+        >>> import torch, fastmtl
+        >>> g = torch.tensor([[-4., 1., 1.], [6., 1., 1.]])
+        >>> fastmtl.ops.cagrad(fastmtl.ops.gram(g), c=0.5)[0]
+        tensor([[0.7041, 0.5000]], dtype=torch.float64)
+    """
+    real("c", c, 0)
+    if not _extension.kernels_on(gramian.device.type):
+        return reference.cagrad(gramian, mask, c)
+    return torch.ops.fastmtl.cagrad(gramian, mask, c)
+
+
 def check_alpha(alpha: float) -> float:
     """The degree of fairness of `fairgrad`, as a float; raises where it is of the wrong type or out of range."""
     return real("alpha", alpha, 0.1, 10)
@@ -534,6 +565,7 @@ def _register() -> None:
         "gradvac": gradvac_fake,
         "spectral": weights_fake,
         "fairgrad": min_norm_fake,
+        "cagrad": min_norm_fake,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"fastmtl::{name}", fake)  # type: ignore[arg-type]

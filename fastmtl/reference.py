@@ -249,6 +249,45 @@ def _frank_wolfe_start(m: Floats, start: str) -> Floats:
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]
+def cagrad(gramian: Tensor, mask: Tensor | None = None, c: float = 0.4) -> tuple[Tensor, Tensor]:
+    """As `fastmtl.ops.cagrad`, by bisection for theta (csrc/solvers/cagrad.h), each step by Wolfe's algorithm."""
+    weights, gap = np.zeros(gramian.shape[:2]), np.zeros(gramian.shape[0])
+    for k, tasks, m in _problems(gramian, mask):
+        if not np.isfinite(m).all():
+            weights[k], gap[k] = np.nan, np.nan
+        elif tasks.size:
+            weights[k, tasks], gap[k] = _conflict_averse(m, c)
+    return _like(gramian, weights), _like(gramian, gap)
+
+
+def _conflict_averse(m: Floats, c: float) -> tuple[Floats, float]:
+    mean = np.full(len(m), 1 / len(m))
+    inner = m @ mean
+    kappa = c * math.sqrt(max(mean @ inner, 0))
+    if kappa**2 <= 1e-14 * c**2 * np.abs(m).mean():
+        return mean, 0.0
+
+    def nearest(theta: float) -> Floats:
+        shift = theta * inner
+        return _nearest_point(m + shift + shift[:, None] + theta**2 * (mean @ inner))
+
+    def norm(w: Floats) -> float:
+        return math.sqrt(max(w @ m @ w, 0))
+
+    low, high = 0.0, 1.001 * math.sqrt(m.diagonal().max()) / kappa
+    for _ in range(80):
+        theta = (low + high) / 2
+        if norm(nearest(theta)) > kappa * theta:
+            low = theta
+        else:
+            high = theta
+    w = nearest(high)
+    solution: Floats = mean + w / high
+    objective = inner @ w + kappa * norm(w)
+    return solution, max(float(objective - (m @ solution).min()), 0.0)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def fairgrad(
     gramian: Tensor, mask: Tensor | None = None, preference: Tensor | None = None, alpha: float = 1.0
 ) -> tuple[Tensor, Tensor]:

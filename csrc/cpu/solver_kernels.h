@@ -43,7 +43,11 @@ FASTMTL_SOLVER void spectral(const Problem& problem, const Spectral& method, dou
   spectral_problem(HostTeam(), problem, method, scratch, weights);
 }
 
+FASTMTL_SOLVER double cagrad(const Problem& problem, double c, double* scratch, double* weights) {
+  return cagrad_problem(HostTeam(), problem, c, scratch, weights);
+}
+
 constexpr SolverKernels kSolverKernels = {min_norm,       bounded_min_norm, frank_wolfe, dual_cone, simplex_lp,
-                                          one_pcgrad_row, one_gradvac_row,  fairgrad,    spectral};
+                                          one_pcgrad_row, one_gradvac_row,  fairgrad,    cagrad,    spectral};
 
 #undef FASTMTL_SOLVER

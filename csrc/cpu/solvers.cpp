@@ -7,6 +7,7 @@
 
 #include "../parallel.h"
 #include "../solvers/bounded_min_norm.h"
+#include "../solvers/cagrad.h"
 #include "../solvers/dual_cone.h"
 #include "../solvers/fairgrad.h"
 #include "../solvers/frank_wolfe.h"
@@ -30,6 +31,7 @@ struct SolverKernels {
   void (*gradvac_row)(const Problem&, const GradVac&, int row, const double* targets, double* new_targets,
                       double* scratch, double* coefficients);
   double (*fairgrad)(const Problem&, const FairGrad&, double* scratch, double* weights);
+  double (*cagrad)(const Problem&, double c, double* scratch, double* weights);
   void (*spectral)(const Problem&, const Spectral&, double* scratch, double* weights);
 };
 
@@ -171,6 +173,14 @@ void gradvac_cpu(const Problems& problems, const GradVac& method) {
       kernels.gradvac_row(problem, method, row, targets + row * t, new_targets + row * t, scratch + t, coefficients);
       for (int64_t j = 0; j < t; ++j) weights[j] += coefficients[j];
     }
+  });
+}
+
+void cagrad_cpu(const Problems& problems, const CAGrad& method) {
+  const int64_t t = problems.num_tasks;
+  const SolverKernels& kernels = solver_kernels();
+  for_each_problem(problems, cagrad_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
+    method.gap[k] = kernels.cagrad(problem_at(problems, k), method.c, scratch, method.weights + k * t);
   });
 }
 

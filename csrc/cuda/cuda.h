@@ -35,6 +35,8 @@ size_t pcgrad_cuda_scratch(const Problems&);
 cudaError_t pcgrad_cuda(const Problems&, const PCGrad&, void* scratch, cudaStream_t stream);
 size_t gradvac_cuda_scratch(const Problems&);
 cudaError_t gradvac_cuda(const Problems&, const GradVac&, void* scratch, cudaStream_t stream);
+size_t cagrad_cuda_scratch(const Problems&);
+cudaError_t cagrad_cuda(const Problems&, const CAGrad&, void* scratch, cudaStream_t stream);
 size_t fairgrad_cuda_scratch(const Problems&);
 cudaError_t fairgrad_cuda(const Problems&, const FairGrad&, void* scratch, cudaStream_t stream);
 size_t spectral_cuda_scratch(const Problems&);

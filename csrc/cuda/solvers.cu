@@ -5,6 +5,7 @@
 // problem. What a solver works on lies in shared memory where it fits, else in the caller's scratch; blocks that need
 // scratch take several problems each where there are many.
 #include "../solvers/bounded_min_norm.h"
+#include "../solvers/cagrad.h"
 #include "../solvers/dual_cone.h"
 #include "../solvers/fairgrad.h"
 #include "../solvers/frank_wolfe.h"
@@ -122,6 +123,7 @@ int64_t team_doubles(const DualCone&, int num_tasks) { return dual_cone_scratch(
 int64_t team_doubles(const FrankWolfe&, int num_tasks) { return frank_wolfe_scratch(num_tasks); }
 int64_t team_doubles(const Spectral&, int num_tasks) { return spectral_scratch(num_tasks); }
 int64_t team_doubles(const FairGrad&, int num_tasks) { return fairgrad_scratch(num_tasks); }
+int64_t team_doubles(const CAGrad&, int num_tasks) { return cagrad_scratch(num_tasks); }
 int64_t team_doubles(const SimplexLp&, int num_tasks) { return simplex_lp_scratch(num_tasks); }
 
 template <class Team>
@@ -153,6 +155,12 @@ template <class Team>
 __device__ __forceinline__ double solve(const Team& team, const Problem& problem, const FairGrad& args, double* memory,
                                         double* weights) {
   return fairgrad_problem(team, problem, args, memory, weights);
+}
+
+template <class Team>
+__device__ __forceinline__ double solve(const Team& team, const Problem& problem, const CAGrad& args, double* memory,
+                                        double* weights) {
+  return cagrad_problem(team, problem, args.c, memory, weights);
 }
 
 template <class Team>
@@ -272,6 +280,12 @@ cudaError_t simplex_lp_cuda(const Problems& problems, const SimplexLp& args, voi
 size_t frank_wolfe_cuda_scratch(const Problems& problems) { return team_scratch<FrankWolfe>(problems); }
 
 cudaError_t frank_wolfe_cuda(const Problems& problems, const FrankWolfe& args, void* scratch, cudaStream_t stream) {
+  return launch_teams(problems, args, scratch, stream);
+}
+
+size_t cagrad_cuda_scratch(const Problems& problems) { return team_scratch<CAGrad>(problems); }
+
+cudaError_t cagrad_cuda(const Problems& problems, const CAGrad& args, void* scratch, cudaStream_t stream) {
   return launch_teams(problems, args, scratch, stream);
 }
 

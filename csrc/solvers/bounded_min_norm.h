@@ -125,6 +125,58 @@ struct Simplex {
   }
 };
 
+// The minimum over w = c + s v, v on the simplex, for any bounds c and slack s > 0. The tableau's states are kOutside
+// or kAbsent, weights [T] holds the bounds of the present tasks, 0 for the others, and becomes w. Returns the gap;
+// `unit` is what the tableau's Gramian was multiplied by. Afterwards the tableau is that of the solution, and b lies
+// behind it.
+template <class Team>
+FASTMTL_HD double solve_simplex(const Team& team, const Problem& problem, const Tableau& tab, const double* bounds,
+                                double slack, double* scratch, double* weights, double* last_unit) {
+  const int num_tasks = problem.num_tasks;
+  double* const b = scratch + tableau_scratch(num_tasks + 1);
+  double longest = -kNever;
+  for (int i = team.rank(); i < num_tasks; i += team.size()) {
+    if (problem.present(i)) longest = std::fmax(longest, problem.squared_norm(i));
+  }
+  longest = team.max(longest);
+  if (longest == -kNever) return 0;  // nobody is present
+  const double first_unit = unit_of(longest);
+  multiply(team, problem, weights, b, first_unit);
+  team.sync();
+
+  // The task to start at, and the unit, near its squared norm.
+  double least = kNever;
+  int task = -1;
+  for (int i = team.rank(); i < num_tasks; i += team.size()) {
+    if (!problem.present(i)) continue;
+    b[i] /= slack;
+    const double value = 0.5 * first_unit * problem.squared_norm(i) + b[i];
+    if (value < least) {
+      least = value;
+      task = i;
+    }
+  }
+  const int k = team.argmax(-least, task);
+  least = -team.max(-least);
+  if (least == kNever) {  // overflow
+    fill_weights(team, num_tasks, kNan, weights);
+    return kNan;
+  }
+  const double smallest_normal = std::numeric_limits<double>::min();
+  const double about = std::fmax(problem.squared_norm(k), std::fmax(1e-30 * longest, smallest_normal));
+  const double unit = longest > 0 ? unit_of(about) : 1.0;
+  const double ratio = unit / first_unit;
+  *last_unit = unit;
+  for (int i = team.rank(); i < num_tasks; i += team.size()) b[i] = problem.present(i) ? (b[i] - least) * ratio : 0.0;
+  if (team.rank() == 0) tab.state[k] = kInside;
+  team.sync();
+
+  const double goal = 1e-10 * slack * slack * (problem.squared_norm(k) * unit);
+  const Simplex form = {problem, tab, bounds, b, unit, slack, least * ratio, goal};
+  form.start_at(team, k);
+  return solve(team, form, num_tasks, weights) / unit;
+}
+
 }  // namespace detail
 
 // weights [T] and the duality gap <x, x - u> >= 0 of x = sum_t w_t g_t against the u = sum_t u_t g_t within the bounds
@@ -143,7 +195,6 @@ FASTMTL_HD double bounded_min_norm_problem(const Team& team, const Problem& prob
     return detail::kNan;
   }
   const detail::Tableau tab = detail::make_tableau(num_tasks + 1, scratch);
-  double* const b = scratch + tableau_scratch(num_tasks + 1);
   for (int i = team.rank(); i < num_tasks; i += team.size()) {
     tab.state[i] = problem.present(i) ? detail::kOutside : detail::kAbsent;
     weights[i] = problem.present(i) ? bounds[i] : 0.0;
@@ -151,46 +202,8 @@ FASTMTL_HD double bounded_min_norm_problem(const Team& team, const Problem& prob
   team.sync();
   const double slack = 1 - sum;
   if (!(slack > 0)) return 0;
-  double longest = -detail::kNever;
-  for (int i = team.rank(); i < num_tasks; i += team.size()) {
-    if (problem.present(i)) longest = std::fmax(longest, problem.squared_norm(i));
-  }
-  longest = team.max(longest);
-  if (longest == -detail::kNever) return 0;  // nobody is present
-  const double first_unit = unit_of(longest);
-  detail::multiply(team, problem, weights, b, first_unit);
-  team.sync();
-
-  // The task to start at, and the unit, near its squared norm.
-  double least = detail::kNever;
-  int task = -1;
-  for (int i = team.rank(); i < num_tasks; i += team.size()) {
-    if (!problem.present(i)) continue;
-    b[i] /= slack;
-    const double value = 0.5 * first_unit * problem.squared_norm(i) + b[i];
-    if (value < least) {
-      least = value;
-      task = i;
-    }
-  }
-  const int k = team.argmax(-least, task);
-  least = -team.max(-least);
-  if (least == detail::kNever) {  // overflow
-    detail::fill_weights(team, num_tasks, detail::kNan, weights);
-    return detail::kNan;
-  }
-  const double smallest_normal = std::numeric_limits<double>::min();
-  const double about = std::fmax(problem.squared_norm(k), std::fmax(1e-30 * longest, smallest_normal));
-  const double unit = longest > 0 ? unit_of(about) : 1.0;
-  const double ratio = unit / first_unit;
-  for (int i = team.rank(); i < num_tasks; i += team.size()) b[i] = problem.present(i) ? (b[i] - least) * ratio : 0.0;
-  if (team.rank() == 0) tab.state[k] = detail::kInside;
-  team.sync();
-
-  const double goal = 1e-10 * slack * slack * (problem.squared_norm(k) * unit);
-  const detail::Simplex form = {problem, tab, bounds, b, unit, slack, least * ratio, goal};
-  form.start_at(team, k);
-  return detail::solve(team, form, num_tasks, weights) / unit;
+  double unit;
+  return detail::solve_simplex(team, problem, tab, bounds, slack, scratch, weights, &unit);
 }
 
 }  // namespace fastmtl

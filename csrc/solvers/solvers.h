@@ -106,6 +106,14 @@ struct Spectral {
   double* weights;
 };
 
+// CAGrad: the direction within c |g_0| of the mean gradient g_0 whose least gain is largest. gap [K]: how much larger it
+// could be.
+struct CAGrad {
+  double c;
+  double* weights;
+  double* gap;
+};
+
 void min_norm_cpu(const Problems&, const MinNorm&);
 void bounded_min_norm_cpu(const Problems&, const BoundedMinNorm&);
 void frank_wolfe_cpu(const Problems&, const FrankWolfe&);
@@ -114,6 +122,7 @@ void simplex_lp_cpu(const Problems&, const SimplexLp&);
 void pcgrad_cpu(const Problems&, const PCGrad&);
 void gradvac_cpu(const Problems&, const GradVac&);
 void fairgrad_cpu(const Problems&, const FairGrad&);
+void cagrad_cpu(const Problems&, const CAGrad&);
 void spectral_cpu(const Problems&, const Spectral&);
 
 }  // namespace fastmtl

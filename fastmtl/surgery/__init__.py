@@ -3,6 +3,7 @@
 from fastmtl.surgery.aligned_mtl import AlignedMTL
 from fastmtl.surgery.amortized import Amortized
 from fastmtl.surgery.base import GradientMethod, Step
+from fastmtl.surgery.cagrad import CAGrad
 from fastmtl.surgery.config import ConFIG
 from fastmtl.surgery.constant import Constant, Mean, Sum
 from fastmtl.surgery.cr_mogm import CRMOGM
@@ -32,6 +33,7 @@ __all__ = [
     "PELTR",
     "AlignedMTL",
     "Amortized",
+    "CAGrad",
     "ConFIG",
     "Constant",
     "DualProj",

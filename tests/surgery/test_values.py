@@ -15,6 +15,7 @@ from fastmtl import (
     MGDA,
     PELTR,
     AlignedMTL,
+    CAGrad,
     ConFIG,
     Constant,
     DualProj,
@@ -46,6 +47,7 @@ def tensor(*values: float) -> Tensor:
         (PELTR((0.7, 0.2)), (0.7, 0.3), (-1, 1, 1)),
         (PELTR((0.7, 0.2), "relaxed"), (0.7, 0.3), (-1, 1, 1)),
         (NashMTL(rescale="sum_to_one"), (0.5923, 0.4077), (0.0767, 1, 1)),  # of norm 1: (.0542, .7061, .7061)
+        (CAGrad(0.5), (0.7041, 0.5), (0.1835, 1.2041, 1.2041)),
         (FairGrad(1.0), (0.5915, 0.4071), (0.0766, 0.9985, 0.9985)),
         (PCGrad(), (2.2222, 1.5789), (0.5848, 3.8012, 3.8012)),
         (GradVac(), (2.2222, 1.5789), (0.5848, 3.8012, 3.8012)),
