@@ -205,6 +205,10 @@ def test_solvers_agree_with_their_cpu_kernels(num_tasks: int) -> None:
     for start in ("uniform", "pair"):
         expected = ops.frank_wolfe(gramian, mask, 50, 0.0, start)[0]
         close(ops.frank_wolfe(on_gpu[0], on_gpu[1], 50, 0.0, start)[0], expected, 1e-9)
+    for mode in ops.SCALE_MODES:
+        close(ops.aligned_mtl(*on_gpu[:2], None, mode), ops.aligned_mtl(gramian, mask, None, mode), 1e-7)
+    for length in ops.LENGTHS:
+        close(ops.equal_cosines(*on_gpu[:2], None, length), ops.equal_cosines(gramian, mask, None, length), 1e-7)
     for order in ("random", "shared", "fixed"):
         close(ops.pcgrad(on_gpu[0], on_gpu[1], order, on_gpu[2]), ops.pcgrad(gramian, mask, order, rng), 1e-9)
         found = ops.gradvac(on_gpu[0], on_gpu[3], on_gpu[1], order, on_gpu[2])
