@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import fastmtl
 from fastmtl import GradientMethod, LossWeighting
+from fastmtl.surgery.gramian_free import GramianFree
 from tests.asserts import assert_same_state
 from tests.test_ways_in import METHODS, OPTIONS, T
 
@@ -30,7 +31,8 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 
 # How far training in 16 bits may stray, of the way from the start; else 0.05. Held weights make GradVac's jumps, at a
 # cosine of 0, last longer; PBI has a kink; LogLoss weighs by 1 / L, so its steps overshoot where a loss comes near 0.
-NEAR = {"Amortized": 0.1, "PBI": 0.1, "LogLoss": 0.4}
+# So do those of NashMTL and FairGrad, by 1 / |g|.
+NEAR = {"Amortized": 0.1, "PBI": 0.1, "LogLoss": 0.4, "NashMTL": 0.1, "FairGrad": 0.1}
 
 
 def make(variant: str, way: str) -> GradientMethod | LossWeighting:
@@ -97,7 +99,8 @@ class Run:
         else:
             options = {"last layer": {"gramian_params": self.trunk[-1]}, "chunks": {"chunk_size": 2}}.get(self.way, {})
             result = fastmtl.backward(losses, self.method, self.trunk, scaler=self.scaler, **options)
-        gramian = torch.zeros(1) if result is None or result.gramian is None else result.gramian
+        self.looks = result is not None and result.gramian is not None  # at gradients
+        gramian = result.gramian if result is not None and result.gramian is not None else torch.zeros(1)
         self.saw_finite = bool(torch.stack(losses).isfinite().all() and gramian.isfinite().all())
         if not update:
             return
@@ -117,10 +120,12 @@ def batches(steps: int) -> list[Tensor]:
 
 
 def ways(variant: str) -> list[str]:
-    if issubclass(getattr(fastmtl, VARIANTS[variant][0]), LossWeighting):
+    method = getattr(fastmtl, VARIANTS[variant][0])
+    if issubclass(method, LossWeighting):
         return ["backward", "task gradients", "layer", "scalar"]
     more = ["chunks"] if variant in ("GradNorm", "GradVac", "PCGrad") else []  # which concerns rows, not methods
-    return ["backward", *more, "last layer", "task gradients", "layer"]
+    layer = [] if method.several_batches else ["layer"]  # whose features have no products
+    return ["backward", *more, "last layer", "task gradients", *layer]
 
 
 PAIRS = [(variant, way) for variant in VARIANTS for way in ways(variant)]
@@ -180,8 +185,9 @@ def test_overflow_and_recovery(variant: str, way: str, break_: Callable[[Run, Te
             assert not torch.cat([p.grad.flatten() for p in hurt.trunk.parameters()]).isfinite().any()
             assert hurt.scaler.get_scale() == (HUGE if break_ is overflow_of_the_scale else FITS) / 2
             assert all(map(torch.equal, hurt.parameters(), values))
-            assert hurt.saw_finite == (isinstance(before, LossWeighting) and break_ is overflow_of_the_scale)
-            if hurt.saw_finite:  # a loss weighting sees losses only, and these were fine
+            assert hurt.looks or isinstance(before, LossWeighting | GramianFree)
+            assert hurt.saw_finite == (not hurt.looks and break_ is overflow_of_the_scale)
+            if hurt.saw_finite:  # it sees losses only, if anything, and these were fine
                 spared.step(-x, update=False)
                 before = spared.method
             for name, state in before.state_dict().items():  # what had no shape yet takes one: the end shows which
