@@ -9,7 +9,7 @@ EDITABLE := --no-build-isolation --config-settings editable_mode=compat --editab
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-dist lint format info bench plots gpu cuda-check clean
+.PHONY: help demo test test-dist lint format info bench plots docs gpu cuda-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -33,6 +33,10 @@ $(VENV)/peers: $(VENV)/fastmtl # what the benchmarks compare with stays out of t
 
 $(VENV)/lint: $(VENV)/fastmtl
 	$(PIP) $(EDITABLE) ".[lint]"
+	@touch $@
+
+$(VENV)/docs: $(VENV)/torch pyproject.toml # pages are made from the docstrings: nothing needs to be compiled
+	FASTMTL_NO_EXT=1 $(PIP) $(EDITABLE) ".[docs]"
 	@touch $@
 
 demo: $(VENV)/fastmtl ## train 25 tasks on customer reviews with every method: a table and plots in demo-output/
@@ -68,6 +72,12 @@ plots: ## draw benchmarks/results/*.png from the CSV
 	$(MAKE) --no-print-directory VENV=.venv-bench .venv-bench/fastmtl
 	.venv-bench/bin/python -m benchmarks.plots
 
+docs: ## a site of README, docs/ and the docstrings into build/docs/, in .venv-docs; warnings are errors
+	$(MAKE) --no-print-directory VENV=.venv-docs .venv-docs/docs
+	rm -rf build/docs
+	.venv-docs/bin/python -m sphinx -q -W --keep-going -c docs . build/docs
+	@echo build/docs/index.html
+
 cuda-check: ## compile the CUDA kernels for every architecture; spills are errors (needs nvcc)
 	$(PYTHON) tests/cuda_check.py --arch all
 
@@ -75,4 +85,4 @@ gpu: ## on a machine with a GPU, torch and nvcc: build, GPU tests, sanitizer, be
 	$(PYTHON) -m benchmarks.gpu
 
 clean: ## remove what was built
-	rm -rf $(VENV) .venv-bench build dist fastmtl.egg-info fastmtl/_C*.so demo-output
+	rm -rf $(VENV) .venv-bench .venv-docs build docs/api dist fastmtl.egg-info fastmtl/_C*.so demo-output

@@ -31,7 +31,7 @@ class Monitor:
     """Records what a method sees and does: the reasons why a method helps, or none is needed.
 
     Each recorded step keeps the T x T Gramian, the weights and the losses, on the device; every
-    ``flush_every`` records they are fetched together (one synchronisation), reduced to a `Record` each, and handed to
+    ``flush_every`` records they are fetched together (one synchronisation), reduced to a ``Record`` each, and handed to
     the writers. The method's computation, its state, and its checkpoints are as without a monitor.
 
     Record (numbers are None where unknown; with K groups those of the whole, from the summed Gramians):
@@ -46,8 +46,8 @@ class Monitor:
     Args:
         method: Whatever is handed to `fastmtl.backward`, `FeatureSurgery`, `TaskGradients.combine`, or called.
         writers: Where records go besides `records`: a path that ends in ``.jsonl`` or ``.csv``, a
-            ``torch.utils.tensorboard.SummaryWriter``, any callable that takes a `Record`; or a sequence of these. None:
-            nowhere.
+            ``torch.utils.tensorboard.SummaryWriter``, any callable that takes a ``Record``; or a sequence of these.
+            None: nowhere.
         every: Record one step in so many.
         flush_every: Fetch after so many records.
 

@@ -1,8 +1,9 @@
 """Sharded parameters (DTensor: FSDP2, tensor parallelism): each rank works on its own shards.
 
-A parameter's `DTensor` lies on a mesh of ranks: split along some of the mesh's dimensions (``Shard``), copied along the
-others (``Replicate``). Its gradient is a `DTensor` of the same mesh, which FSDP2 has averaged over the ranks' slices of
-the batch. The kernels read and write local tensors: this rank's shard of the gradient, placed as the parameter is.
+A parameter's ``DTensor`` lies on a mesh of ranks: split along some of the mesh's dimensions (``Shard``), copied along
+the others (``Replicate``). Its gradient is a ``DTensor`` of the same mesh, which FSDP2 has averaged over the ranks'
+slices of the batch. The kernels read and write local tensors: this rank's shard of the gradient, placed as the
+parameter is.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ _PLAIN = (Tensor, nn.Parameter)
 
 
 def is_sharded(x: Tensor) -> bool:
-    """Whether it is a `DTensor`; imports nothing."""
+    """Whether it is a ``DTensor``; imports nothing."""
     return type(x) not in _PLAIN and hasattr(x, "full_tensor")
 
 
@@ -67,7 +68,7 @@ def shards_written(lists: Sequence[Sequence[Tensor]]) -> Iterator[list[list[Tens
 
 
 def _whole(shard: Tensor, param: Any) -> Any:
-    """The `DTensor` placed as a parameter is, of which this is the shard; sends nothing."""
+    """The ``DTensor`` placed as a parameter is, of which this is the shard; sends nothing."""
     from torch.distributed.tensor import DTensor
 
     mesh, placements = param.device_mesh, param.placements

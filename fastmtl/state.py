@@ -29,7 +29,7 @@ class Stateful(nn.Module):
         """Refuse tasks whose names or order have changed: what is kept per task goes by position.
 
         Args:
-            names: Of this step's tasks. Mere numbers (`fastmtl.losses.numbered`) are not compared.
+            names: Of this step's tasks. Mere numbers (``fastmtl.losses.numbered``) are not compared.
 
         Raises:
             ValueError: Earlier steps had other names, or another order.

@@ -85,7 +85,7 @@ def _nearly_symmetric(m: Tensor) -> bool:
 class GradientMethod(Stateful):
     """Base class of the gradient methods: subclasses implement `solve`.
 
-    A method is an `nn.Module` so that its state (moving averages, learned weights, the random seed) moves with the
+    A method is an ``nn.Module`` so that its state (moving averages, learned weights, the random seed) moves with the
     model and round-trips through ``state_dict``. State is float64 whatever the model is cast to. It moves in training
     mode only, and on finite steps only: in ``eval()`` a call gives the weights of the step that would be next.
 

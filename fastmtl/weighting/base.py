@@ -227,7 +227,7 @@ class WeightedSum(LossWeighting):
 
         Args:
             losses: ``[T]`` float64, detached, NaN for absent tasks.
-            moves: bool scalar: whether state may move; to be passed to `fastmtl.state.commit`.
+            moves: bool scalar: whether state may move; to be passed to ``fastmtl.state.commit``.
 
         Returns:
             ``[T]`` float64; those of absent tasks are not read.

@@ -73,7 +73,7 @@ class LBTW(Epochs, WeightedSum):
         self.register_state("initial_losses", (self.num_tasks,), float("nan"))
 
     def balance(self, losses: Tensor, moves: Tensor) -> Tensor:
-        """The weights before `normalize`; advances ``L^0``. As `WeightedSum.weigh`."""
+        """The weights before ``normalize``; advances ``L^0``. As `WeightedSum.weigh`."""
         first = torch.where(self.initial_losses.isnan(), losses, self.initial_losses)
         commit(self.initial_losses, first, moves)
         ratio = losses / first

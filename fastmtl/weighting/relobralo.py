@@ -19,7 +19,7 @@ class ReLoBRaLo(WeightedSum):
 
     With ``balance(i) = n softmax(L / (temperature L(i)))`` over the n present tasks, ``L(i)`` being the losses of step
     i, the weights are ``alpha (rho w + (1 - rho) balance(0)) + (1 - alpha) balance(last)``, where w are the last
-    weights and rho is drawn: 1 with probability `lookback`, else 0: now and then the weights look back at the start.
+    weights and rho is drawn: 1 with probability ``lookback``, else 0: now and then the weights look back at the start.
     What has fallen less weighs more. The first step's weights are 1.
 
     Args:
