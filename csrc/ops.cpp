@@ -6,6 +6,8 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <cmath>
+#include <limits>
 #include <optional>
 #include <vector>
 
@@ -334,6 +336,25 @@ Tensor spectral(const Tensor& gramian, std::optional<Tensor> mask, std::optional
   return weights;
 }
 
+// Whether a matrix may be a Gramian: symmetric up to the rounding of float32. What is not finite does not count.
+bool is_symmetric(const Tensor& gramian) {
+  const GramianArgs g = problems_of(gramian, std::nullopt);
+  const int64_t tasks = g.sizes[1];
+  for (int64_t k = 0; k < g.sizes[0]; ++k) {
+    const double* m = g.problems.gramian + k * tasks * tasks;
+    for (int64_t i = 0; i < tasks; ++i) {
+      for (int64_t j = 0; j < i; ++j) {
+        const double difference = std::fabs(m[i * tasks + j] - m[j * tasks + i]);
+        if (difference > 0 &&
+            difference > 1e-5 * std::sqrt(std::fabs(m[i * tasks + i])) * std::sqrt(std::fabs(m[j * tasks + j])) &&
+            difference < std::numeric_limits<double>::infinity())
+          return false;
+      }
+    }
+  }
+  return true;
+}
+
 template <class Library>
 void implement(Library& m) {
   m.impl("gram", &gram_boxed);
@@ -373,9 +394,13 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
       " bool ema_first, bool ema_always) -> (Tensor, Tensor)");
   m.def("cagrad(Tensor gramian, Tensor? mask, float c) -> (Tensor, Tensor)");
   m.def("fairgrad(Tensor gramian, Tensor? mask, Tensor? preference, float alpha) -> (Tensor, Tensor)");
+  m.def("is_symmetric(Tensor gramian) -> bool");
   m.def("spectral(Tensor gramian, Tensor? mask, Tensor? preference, int rule) -> Tensor");
 }
-STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) { fastmtl::implement(m); }
+STABLE_TORCH_LIBRARY_IMPL(fastmtl, CPU, m) {
+  fastmtl::implement(m);
+  m.impl("is_symmetric", TORCH_BOX(&fastmtl::is_symmetric));
+}
 #ifdef WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(fastmtl, CUDA, m) { fastmtl::implement(m); }
 #endif

@@ -514,6 +514,20 @@ def _order(order: Tensor | str) -> tuple[int, Tensor | None]:
     return ORDERS[order], None
 
 
+def is_symmetric(gramian: Tensor) -> bool:
+    """Whether a matrix may be a Gramian: symmetric up to the rounding of float32, relative to its diagonal.
+
+    Args:
+        gramian: ``[K, T, T]`` float64, contiguous. Entries that are not finite do not count.
+
+    Note:
+        Cost: one read; synchronises with the host on a GPU.
+    """
+    if gramian.device.type == "cpu" and _extension.kernels_on("cpu"):
+        return torch.ops.fastmtl.is_symmetric(gramian)  # type: ignore[no-any-return]
+    return reference.is_symmetric(gramian)
+
+
 def _register() -> None:
     """Shapes for tracing, and a clear error where somebody differentiates."""
 
@@ -541,6 +555,9 @@ def _register() -> None:
     def nothing(*args: Any) -> None:
         return None
 
+    def yes(gramian: Tensor) -> bool:
+        return True
+
     def weights_fake(gramian: Tensor, *args: Any) -> Tensor:
         return gramian.new_empty(gramian.shape[:2])
 
@@ -566,10 +583,11 @@ def _register() -> None:
         "spectral": weights_fake,
         "fairgrad": min_norm_fake,
         "cagrad": min_norm_fake,
+        "is_symmetric": yes,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"fastmtl::{name}", fake)  # type: ignore[arg-type]
-        if name != "combine_":
+        if name not in ("combine_", "is_symmetric"):
             torch.library.register_autograd(f"fastmtl::{name}", _not_differentiable(name))
 
 

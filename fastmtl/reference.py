@@ -758,3 +758,11 @@ def _affine_minimum(cosines: Floats, d: Floats) -> Floats:
         solution = np.linalg.lstsq(system, right, rcond=None)[0]
     minimum: Floats = solution[:n] / scale
     return minimum
+
+
+def is_symmetric(gramian: Tensor) -> bool:
+    """See `fastmtl.ops.is_symmetric`."""
+    difference = (gramian - gramian.mT).abs()
+    scale = gramian.diagonal(dim1=-2, dim2=-1).abs().sqrt()
+    bound = 1e-5 * scale.unsqueeze(-1) * scale.unsqueeze(-2)
+    return not bool(((difference > bound) & difference.isfinite()).any())

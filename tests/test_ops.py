@@ -829,3 +829,21 @@ def test_precision() -> None:
 def test_weights_on_another_device() -> None:
     with pytest.raises(ValueError, match="weights: on meta, the gradients on cpu"):
         ops.combine(torch.ones(2, 3), torch.ones(2, device="meta"))
+
+
+@pytest.mark.parametrize("implementation", [fastmtl.ops, fastmtl.reference], ids=["ops", "reference"])
+def test_is_symmetric(implementation: Any) -> None:
+    """To the rounding of float32 relative to the norms; what is not finite does not count."""
+    torch.manual_seed(0)
+    rows = torch.randn(2, 9, 30, dtype=torch.float64) * torch.logspace(-6, 6, 9)[:, None]
+    m = rows @ rows.mT
+    assert implementation.is_symmetric(m)
+    norms = m.diagonal(dim1=-2, dim2=-1).sqrt()
+    for entry in ((0, 1, 0), (1, 8, 7), (1, 0, 8)):
+        k, i, j = entry
+        for factor, expected in ((5e-6, True), (2e-5, False), (float("nan"), True), (float("inf"), True)):
+            other = m.clone()
+            other[entry] += factor * norms[k, i] * norms[k, j]
+            assert implementation.is_symmetric(other) == expected
+    assert implementation.is_symmetric(torch.zeros(1, 3, 3, dtype=torch.float64))
+    assert not implementation.is_symmetric(torch.tensor([[[0.0, 1e-300], [0.0, 0.0]]], dtype=torch.float64))

@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, ClassVar, TypedDict
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.checks import choice
 from fastmtl.facts import Facts
 from fastmtl.losses import LossesLike, numbered, parse_losses
 from fastmtl.random import new_rng
 from fastmtl.state import Stateful, commit
 from fastmtl.surgery.normalization import APPLY_TO, NORMALIZATIONS, normalize, normalizers
-from fastmtl.watch import tell
+from fastmtl.watch import is_watched, tell
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -71,15 +72,6 @@ class Step:
         """Store ``new`` in the buffer ``state``, in training, if this step is finite (AMP overflows are not)."""
         if self.training:
             commit(state, new, self.finite)
-
-
-def _nearly_symmetric(m: Tensor) -> bool:
-    """Symmetric up to the rounding of float32; entries that are not finite do not count."""
-    smallest = float(m.diagonal(dim1=-2, dim2=-1).amin())
-    if float(torch.dist(m, m.mT, float("inf"))) <= 1e-5 * smallest:
-        return True  # the bound below at its smallest: settles it cheaply in most cases
-    scale = m.diagonal(dim1=-2, dim2=-1).abs().sqrt()
-    return not bool(((m - m.mT).abs() > 1e-5 * scale.unsqueeze(-1) * scale.unsqueeze(-2)).any())
 
 
 class GradientMethod(Stateful):
@@ -213,8 +205,8 @@ class GradientMethod(Stateful):
                 "fastmtl.aggregate(jacobian, method)"
             )
         m = gramian.detach().to(torch.float64)
-        m = m.unsqueeze(0) if m.dim() == 2 else m
-        if not torch.equal(m, m.mT) and not _nearly_symmetric(m):
+        m = (m.unsqueeze(0) if m.dim() == 2 else m).contiguous()
+        if not ops.is_symmetric(m):
             raise ValueError(
                 "gramian: expected a symmetric matrix of dot products; for a Jacobian use fastmtl.aggregate"
             )
@@ -225,10 +217,10 @@ class GradientMethod(Stateful):
         if parsed is not None and len(parsed) != m.shape[-1]:
             raise ValueError(f"losses: expected {m.shape[-1]} tasks, found {len(parsed)}")
         values = parsed.values().to(m.device) if parsed is not None and self.needs_losses else None
-        m = m.contiguous()
         weights = self.weigh(Step(m, present, values))
-        names = numbered(m.shape[-1]) if parsed is None else parsed.names
-        tell(self, names, weights, gramian=m, mask=present, losses=parsed)
+        if is_watched(self):
+            names = numbered(m.shape[-1]) if parsed is None else parsed.names
+            tell(self, names, weights, gramian=m, mask=present, losses=parsed)
         return weights if gramian.dim() == 3 else weights[0]
 
 
