@@ -10,6 +10,7 @@ from fastmtl.surgery.cr_mogm import CRMOGM
 from fastmtl.surgery.dualproj import DualProj
 from fastmtl.surgery.epo import EPO
 from fastmtl.surgery.fairgrad import FairGrad
+from fastmtl.surgery.grad_drop import GradDrop
 from fastmtl.surgery.gradnorm import GradNorm
 from fastmtl.surgery.gradvac import GradVac
 from fastmtl.surgery.imtl_g import IMTLG
@@ -21,7 +22,9 @@ from fastmtl.surgery.pcd import PCD
 from fastmtl.surgery.pcgrad import PCGrad
 from fastmtl.surgery.peltr import PELTR
 from fastmtl.surgery.random_grad_weights import RandomGradWeights
+from fastmtl.surgery.row_method import RowMethod
 from fastmtl.surgery.sdmgrad import SDMGrad
+from fastmtl.surgery.trimmed_mean import TrimmedMean
 from fastmtl.surgery.upgrad import UPGrad
 
 __all__ = [
@@ -38,6 +41,7 @@ __all__ = [
     "Constant",
     "DualProj",
     "FairGrad",
+    "GradDrop",
     "GradNorm",
     "GradVac",
     "GradientMethod",
@@ -47,8 +51,10 @@ __all__ = [
     "NashMTL",
     "PCGrad",
     "RandomGradWeights",
+    "RowMethod",
     "SDMGrad",
     "Step",
     "Sum",
+    "TrimmedMean",
     "UPGrad",
 ]
