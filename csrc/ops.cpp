@@ -203,6 +203,9 @@ void grad_drop_boxed(StableIValue* stack, uint64_t, uint64_t) {
 #ifdef WITH_CUDA
   if (rows.is_cuda()) {
     check_tasks_on_cuda(rows.rows());
+    if (leak && num_tasks > kMaxTasksLeaky)
+      throw std::invalid_argument("leak: on CUDA for at most " + std::to_string(kMaxTasksLeaky) + " tasks, found " +
+                                  std::to_string(num_tasks));
     CudaCall call(rows.device().index());
     CudaCall::check(grad_drop_cuda(rows.rows(), args.weights, seed_and_step, leaks, args.out.data(), call.stream),
                     "grad_drop");

@@ -18,7 +18,7 @@ struct Combine {
     for (int r = 0; r < call.num_rows; ++r) {
       const E* row = static_cast<const E*>(call.rows[r]) + column;
       const Vec<E> weight = broadcast(weights[r]);
-      if (N > 1) prefetch_ahead<N * L * int(sizeof(E))>(row);
+      if (N > 1) prefetch_ahead<N * L* int(sizeof(E))>(row);
 #pragma GCC unroll 16
       for (int i = 0; i < N; ++i) acc[i] += weight * load(row + i * L);
     }

@@ -12,7 +12,8 @@ void gram_cpu(const Rows& rows, double* gramian);
 // A row of weight 0 is not read (0 * inf is 0 here); a NaN weight gives NaN.
 void combine_cpu(const Rows& rows, const double* weights, const Output* out, bool accumulate);
 
-// GradDrop (grad_drop.cpp); rng: seed and step; leak: [T], or null for zeros. Bitwise the same for any number of threads.
+// GradDrop (grad_drop.cpp); rng: seed and step; leak: [T], or null for zeros. Bitwise the same for any number of
+// threads.
 void grad_drop_cpu(const Rows& rows, const double* weights, const int64_t* rng, const double* leak, const Output* out);
 
 // The mean without the `trim` largest and the `trim` smallest values of each element (trimmed_mean.cpp).

@@ -3,11 +3,12 @@
 //
 // Traffic: one read of the rows with a weight other than 0, one write of out. Sums in fp32 (fp64 for fp64), in task
 // order. The random numbers are drawn for 1,024 columns at once into the first cache (../grad_drop.h).
+#include "../grad_drop.h"
+
 #include <algorithm>
 #include <cstdint>
 #include <vector>
 
-#include "../grad_drop.h"
 #include "cpu.h"
 #include "dispatch.h"
 #include "terms.h"
@@ -77,9 +78,16 @@ void grad_drop_cpu(const Rows& rows, const double* weights, const int64_t* rng, 
       [&](int64_t worker, const Run& run, const Terms& terms) {
         const Scalar type = rows.params[run.param].type;
         const void* leaks = leak ? scratch[worker].leaks_for(type, leak, terms) : nullptr;
-        GradDropCall call = {terms.rows.data(), terms.weights_for(type), leaks,     terms.size,
-                             out[run.param].data, run.begin,             run.end,   run.stream,
-                             Draws::of(rng, run.param), scratch[worker].uniform.data()};
+        GradDropCall call = {terms.rows.data(),
+                             terms.weights_for(type),
+                             leaks,
+                             terms.size,
+                             out[run.param].data,
+                             run.begin,
+                             run.end,
+                             run.stream,
+                             Draws::of(rng, run.param),
+                             scratch[worker].uniform.data()};
         grad_drop_kernel(type, out[run.param].type, leak != nullptr)(call);
       });
 }

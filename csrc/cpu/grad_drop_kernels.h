@@ -38,7 +38,7 @@ FASTMTL_INLINE VecU second_lanes(VecW x, VecW y) {
 
 // uniform_of() of 23 of a word's bits.
 FASTMTL_INLINE void store_uniform(float* to, VecU words) {
-  const VecU fraction = (words >> 9) | 0x3f800000u;             // 1 + k / 2^23
+  const VecU fraction = (words >> 9) | 0x3f800000u;  // 1 + k / 2^23
   store(to, float_of(fraction) - (1.0f - 0x1p-24f));
 }
 
@@ -117,7 +117,7 @@ struct GradDrop {
     for (int r = 0; r < call.num_rows; ++r) {
       const E* row = static_cast<const E*>(call.rows[r]) + column;
       const V weight = broadcast(weights[r]), leak = Leaky ? broadcast(leaks[r]) : V{};
-      if (N > 1) prefetch_ahead<N * L * int(sizeof(E))>(row);
+      if (N > 1) prefetch_ahead<N * L* int(sizeof(E))>(row);
 #pragma GCC unroll 8
       for (int i = 0; i < N; ++i) Sums::add(sums[i], weight * load(row + i * L), leak);
     }

@@ -60,9 +60,9 @@ void trimmed_mean_cpu(const Rows& rows, const double* weights, int64_t trim, con
       [&](int64_t worker, const Run& run, const Terms& terms) {
         const Scalar type = rows.params[run.param].type;
         const int k = static_cast<int>(std::min<int64_t>(trim, std::max(terms.size - 1, 0) / 2));
-        trimmed_mean_kernel(type, out[run.param].type)({terms.rows.data(), terms.weights_for(type), terms.size, k,
-                                                        out[run.param].data, run.begin, run.end, run.stream,
-                                                        values[worker].data()});
+        trimmed_mean_kernel(
+            type, out[run.param].type)({terms.rows.data(), terms.weights_for(type), terms.size, k, out[run.param].data,
+                                        run.begin, run.end, run.stream, values[worker].data()});
       });
 }
 

@@ -58,7 +58,7 @@ struct TrimmedMean {
     for (int r = 0; r < call.num_rows; ++r) {
       const E* row = static_cast<const E*>(call.rows[r]) + column;
       const V weight = broadcast(weights[r]);
-      if (N > 1) prefetch_ahead<N * L * int(sizeof(E))>(row);
+      if (N > 1) prefetch_ahead<N * L* int(sizeof(E))>(row);
 #pragma GCC unroll 4
       for (int i = 0; i < N; ++i) {
         State::add(state[i], weight * load(row + i * L), r < call.trim, r < 2 * call.trim);

@@ -22,6 +22,7 @@ cudaError_t combine_cuda(const Rows& rows, const double* weights, const Output* 
                          cudaStream_t stream);
 
 // As grad_drop_cpu. rng, leak: device memory.
+constexpr int kMaxTasksLeaky = 2000;
 cudaError_t grad_drop_cuda(const Rows& rows, const double* weights, const int64_t* rng, const double* leak,
                            const Output* out, cudaStream_t stream);
 
