@@ -16,6 +16,7 @@ from fastmtl.monitor import Monitor
 from fastmtl.result import Result
 from fastmtl.surgery import (
     CRMOGM,
+    DBMTL,
     EPO,
     IMTLG,
     MGDA,
@@ -27,6 +28,7 @@ from fastmtl.surgery import (
     ConFIG,
     Constant,
     DualProj,
+    ExcessMTL,
     FairGrad,
     GradDrop,
     GradientMethod,
@@ -34,6 +36,7 @@ from fastmtl.surgery import (
     GradVac,
     Krum,
     Mean,
+    MoCo,
     MoDo,
     NashMTL,
     PCGrad,
@@ -74,6 +77,7 @@ except _metadata.PackageNotFoundError:  # run from a checkout that was never ins
 __all__ = [
     "COSMOS",
     "CRMOGM",
+    "DBMTL",
     "DWA",
     "EPO",
     "FAMO",
@@ -95,6 +99,7 @@ __all__ = [
     "ConstantWeighting",
     "DualProj",
     "EqualWeighting",
+    "ExcessMTL",
     "FairGrad",
     "FeatureSurgery",
     "GeometricMean",
@@ -106,6 +111,7 @@ __all__ = [
     "LogLoss",
     "LossWeighting",
     "Mean",
+    "MoCo",
     "MoDo",
     "Monitor",
     "NashMTL",

@@ -7,8 +7,10 @@ from fastmtl.surgery.cagrad import CAGrad
 from fastmtl.surgery.config import ConFIG
 from fastmtl.surgery.constant import Constant, Mean, Sum
 from fastmtl.surgery.cr_mogm import CRMOGM
+from fastmtl.surgery.dbmtl import DBMTL
 from fastmtl.surgery.dualproj import DualProj
 from fastmtl.surgery.epo import EPO
+from fastmtl.surgery.excessmtl import ExcessMTL
 from fastmtl.surgery.fairgrad import FairGrad
 from fastmtl.surgery.grad_drop import GradDrop
 from fastmtl.surgery.gradnorm import GradNorm
@@ -16,6 +18,7 @@ from fastmtl.surgery.gradvac import GradVac
 from fastmtl.surgery.imtl_g import IMTLG
 from fastmtl.surgery.krum import Krum
 from fastmtl.surgery.mgda import MGDA
+from fastmtl.surgery.moco import MoCo
 from fastmtl.surgery.modo import MoDo
 from fastmtl.surgery.nash_mtl import NashMTL
 from fastmtl.surgery.pcd import PCD
@@ -29,6 +32,7 @@ from fastmtl.surgery.upgrad import UPGrad
 
 __all__ = [
     "CRMOGM",
+    "DBMTL",
     "EPO",
     "IMTLG",
     "MGDA",
@@ -40,6 +44,7 @@ __all__ = [
     "ConFIG",
     "Constant",
     "DualProj",
+    "ExcessMTL",
     "FairGrad",
     "GradDrop",
     "GradNorm",
@@ -47,6 +52,7 @@ __all__ = [
     "GradientMethod",
     "Krum",
     "Mean",
+    "MoCo",
     "MoDo",
     "NashMTL",
     "PCGrad",

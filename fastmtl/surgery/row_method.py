@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,6 +12,8 @@ from torch import Tensor
 from fastmtl.rows import Rows
 from fastmtl.state import commit
 from fastmtl.surgery.base import GradientMethod
+
+Moved = Callable[[Tensor, Tensor, int], Tensor]
 
 
 class RowMethod(GradientMethod):
@@ -102,70 +104,83 @@ class Tracked:
     Attributes:
         rows: What `solve` gets the Gramian of and the weights multiply, shaped and typed as the step's rows.
         scaled: They still have the loss scale.
-        kept: The new state: by name, per parameter and task as ``rows`` has them, or None where it stays.
+        kept: The new state, per parameter and task as ``rows`` has them, or None where it stays.
         heads: ``[T]`` float64, the weights of what is not shared; None: as for any method.
     """
 
     rows: Rows
     scaled: bool
-    kept: dict[str, list[Tensor | None]]
+    kept: Sequence[Tensor | None]
     heads: Tensor | None = None
 
 
 class TrackingMethod(RowMethod):
     """A method that turns the gradients into others by a state of their own size, and weighs those by their Gramian.
 
-    Subclasses implement `track` and `solve`. The state is one buffer ``[T, *shape]`` per parameter and name, in
-    ``state_dict`` as ``{name}_{parameter}``: in the dtype of the gradients, float32 for those of 16 bits. It is stored
-    after ``.grad`` is written, for the tasks whose values are finite, without a synchronisation; while a step runs, the
-    new values take as much memory again.
+    Subclasses implement `track` and `solve`. The state is one buffer ``[T, *shape]`` per parameter, ``rows_0``, ... in
+    ``state_dict``: in the dtype of the gradients, float32 for those of 16 bits. It is stored after ``.grad`` is
+    written, for the tasks whose values are finite, without a synchronisation; while a step runs, the new values take as
+    much memory again.
     """
 
     positional = True
 
     def __init__(self, **common: Any) -> None:
         super().__init__(**common)
-        self.row_names: dict[str, list[str]] = {}  # the buffers of each name
+        self._num_params = 0
 
     def track(self, step: RawRows) -> Tracked:
         """The gradients that count in this step; no state may move here."""
         raise NotImplementedError
 
+    def move(self, step: RawRows, moved: Moved) -> list[Tensor | None]:
+        """The new state of the name ``"rows"``, per parameter and task; None where there is no gradient.
+
+        Args:
+            step: This step.
+            moved: From the old state and the raw gradient, both in the state's dtype, and the task, to the new state.
+        """
+        t, kept = step.rows.num_tasks, []
+        for p, old in enumerate(self.recall(step)):
+            for task, grad in enumerate(step.rows.grads[p * t : (p + 1) * t]):
+                kept.append(None if grad is None else moved(old[task], step.raw(grad, old), task))
+        return kept
+
+    def follow(self, step: RawRows, moved: Moved, heads: Tensor | None = None) -> Tracked:
+        """The step in which the new state itself is what counts; see `move`."""
+        kept = self.move(step, moved)
+        grads = [None if x is None or g is None else x.to(g.dtype) for x, g in zip(kept, step.rows.grads, strict=True)]
+        return Tracked(replace(step.rows, grads=grads), False, kept, heads)
+
     def is_row(self, buffer: str) -> bool:
         """Whether a buffer is one of those per parameter."""
-        return any(buffer in names for names in self.row_names.values())
+        return buffer.startswith("rows_")
 
-    def recall(self, name: str, step: RawRows) -> list[Tensor]:
-        """The state of that name per parameter, ``[T, *shape]``; zeros before the first step.
+    def recall(self, step: RawRows) -> list[Tensor]:
+        """The state per parameter, ``[T, *shape]``; zeros where there is none yet.
 
         Raises:
             ValueError: It is of other parameters or another number of tasks; sparse gradients.
         """
         rows, t = step.rows, step.rows.num_tasks
+        name = type(self).__name__
         if rows.touched is not None and any(x is not None for x in rows.touched):
-            raise ValueError(f"{type(self).__name__} keeps dense gradients, found sparse ones")
-        known = self.row_names.get(name)
-        if known is not None and len(known) != rows.num_params:
-            raise ValueError(
-                f"{type(self).__name__}: the state is of {len(known)} parameters, this step has {rows.num_params}"
-            )
+            raise ValueError(f"{name} keeps dense gradients, found sparse ones")
+        if self._num_params not in (0, rows.num_params):
+            raise ValueError(f"{name}: the state is of {self._num_params} parameters, this step has {rows.num_params}")
         found = []
         for p in range(rows.num_params):
             like = next((g for g in rows.grads[p * t : (p + 1) * t] if g is not None), None)
-            old = None if known is None else getattr(self, known[p])
-            if like is None:
-                found.append(torch.zeros(0) if old is None else old)
-                continue
-            shape = (t, *like.shape)
-            if old is None or old.numel() == 0:
+            old = getattr(self, f"rows_{p}") if p < self._num_params else torch.zeros(0)
+            if like is not None and old.numel() == 0:
                 dtype = torch.float32 if like.dtype.itemsize == 2 else like.dtype
-                old = torch.zeros(shape, dtype=dtype, device=like.device)
-            elif old.shape != shape:
+                old = torch.zeros((t, *like.shape), dtype=dtype, device=like.device)
+            elif like is not None and old.shape != (t, *like.shape):
                 raise ValueError(
-                    f"{type(self).__name__}: the state of parameter {p} is of shape {list(old.shape)}, this step needs "
-                    f"{list(shape)}; use one method object per set of tasks and parameters"
+                    f"{name}: the state of parameter {p} is of shape {list(old.shape)}, this step needs "
+                    f"{[t, *like.shape]}; use one method object per set of tasks and parameters"
                 )
-            found.append(old.to(like.device))
+            found.append(old if like is None else old.to(like.device))
         return found
 
     def store(self, tracked: Tracked, moves: Tensor) -> None:
@@ -173,38 +188,32 @@ class TrackingMethod(RowMethod):
         if not self.training:
             return
         t = tracked.rows.num_tasks
-        for name, rows in tracked.kept.items():
-            names = self.row_names.setdefault(name, [f"{name}_{p}" for p in range(len(rows) // t)])
-            for p, buffer in enumerate(names):
-                new = rows[p * t : (p + 1) * t]
-                like = next((x for x in new if x is not None), None)
-                if not hasattr(self, buffer):
-                    self.register_buffer(buffer, torch.zeros(0))
-                if like is None:
-                    continue
-                state: Tensor = getattr(self, buffer)
-                if state.numel() == 0 or state.device != like.device:
-                    fresh = torch.zeros((t, *like.shape), dtype=like.dtype, device=like.device)
-                    state = fresh if state.numel() == 0 else fresh.copy_(state)
-                    setattr(self, buffer, state)
-                for task, x in enumerate(new):
-                    if x is not None:
-                        commit(state[task], x, moves[task])
+        for p in range(tracked.rows.num_params):
+            if p >= self._num_params:
+                self.register_buffer(f"rows_{p}", torch.zeros(0))
+            new = tracked.kept[p * t : (p + 1) * t]
+            like = next((x for x in new if x is not None), None)
+            if like is None:
+                continue
+            state: Tensor = getattr(self, f"rows_{p}")
+            if state.numel() == 0:
+                state = torch.zeros((t, *like.shape), dtype=like.dtype, device=like.device)
+            state = state.to(like.device)
+            setattr(self, f"rows_{p}", state)
+            for task, x in enumerate(new):
+                if x is not None:
+                    commit(state[task], x, moves[task])
+        self._num_params = tracked.rows.num_params
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        own = {key.removeprefix(prefix) for key in state_dict if key.startswith(prefix)}
-        if own:
-            for buffer in (buffer for names in self.row_names.values() for buffer in names):
-                delattr(self, buffer)
-            self.row_names = {}
-            for key in sorted(own, key=lambda key: (len(key), key)):
-                name, _, number = key.rpartition("_")
-                if name in self.row_states and number.isdigit():
-                    self.row_names.setdefault(name, []).append(key)
-                    self.register_buffer(key, torch.empty_like(state_dict[prefix + key]))
+        if any(key.startswith(prefix) for key in state_dict):  # the checkpoint's parameters take the place of ours
+            for p in range(self._num_params):
+                delattr(self, f"rows_{p}")
+            self._num_params = 0
+            while (saved := state_dict.get(f"{prefix}rows_{self._num_params}")) is not None:
+                self.register_buffer(f"rows_{self._num_params}", torch.empty_like(saved))
+                self._num_params += 1
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-    row_states: tuple[str, ...] = ("rows",)
 
 
 def separate(rows: Rows, absent: Sequence[bool]) -> Rows:

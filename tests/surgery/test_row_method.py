@@ -86,7 +86,7 @@ def assert_same_state_closely(a: torch.nn.Module, b: torch.nn.Module) -> None:
     left, right = a.state_dict(), b.state_dict()
     assert left.keys() == right.keys()
     for key in left:
-        torch.testing.assert_close(left[key], right[key])
+        torch.testing.assert_close(left[key], right[key], equal_nan=True)
 
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
