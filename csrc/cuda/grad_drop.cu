@@ -91,7 +91,7 @@ __device__ __forceinline__ int64_t drop(const Term<Element>* terms, const Sum<El
 }
 
 template <class Element, class Out, bool kLeaky>
-__global__ void __launch_bounds__(kThreads)
+__global__ void __launch_bounds__(kThreads, 1)
     grad_drop_kernel(GRID_CONSTANT(Table) table, int64_t units_per_range, const double* __restrict__ weights,
                      const int64_t* __restrict__ rng, const double* __restrict__ leak) {
   DYNAMIC_SHARED(Term<Element>, terms);

@@ -65,6 +65,10 @@ def test_refused_where_only_a_gramian_goes(name: str) -> None:
             fastmtl.backward(net.losses(inputs()), method, net.trunk, gramian_params=net.trunk[-1])
         with pytest.raises(ValueError, match=f"method: {text}"):
             fastmtl.Amortized(method)
+        with pytest.raises(ValueError, match=f"method: {text}"):
+            fastmtl.CRMOGM(method)
+        with pytest.raises(ValueError, match=f"FeatureSurgery: {text}|scale_heads=False"):
+            fastmtl.FeatureSurgery(method, T)
 
 
 @pytest.mark.parametrize("scale", [2.0**16, 2.0**-10])
