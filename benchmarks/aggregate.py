@@ -17,9 +17,11 @@ import fastmtl
 from benchmarks import oracle
 from benchmarks.harness import Report, check, main
 from benchmarks.peers import lean_pair_loop, pair_loop, port_pair_loop, seeded_orders, torchjd
+from benchmarks.read_pass import read_passes
 
 SIZES = [(8, 4_000_000), (40, 1_000_000), (128, 300_000)]
 METHODS = ("PCGrad", "GradVac", "MGDA")
+ELEMENTWISE: dict[str, dict[str, Any]] = {"GradDrop": {}, "TrimmedMean": {"trim": 1}}
 LOOPED = (8, 40)  # numbers of tasks for which the loops over pairs, T^2 passes each, are bearable
 BETA = 0.01  # of GradVac
 
@@ -30,6 +32,8 @@ def run(report: Report) -> None:
         gramian = oracle.gramian(rows)
         for name in METHODS:
             _measure(report, name, rows, gramian)
+        for name, options in ELEMENTWISE.items():
+            _measure_elementwise(report, name, options, rows)
 
 
 def _measure(report: Report, name: str, rows: Tensor, gramian: Tensor) -> None:
@@ -61,6 +65,26 @@ def _measure(report: Report, name: str, rows: Tensor, gramian: Tensor) -> None:
             torch.manual_seed(0)
             errors[other] = check(other, oracle.vector_error(providers[other](), expected), 1e-2)
     report.measure("aggregate", name, (num_tasks, rows.shape[1]), providers, "fastmtl", errors)
+
+
+def _measure_elementwise(report: Report, name: str, options: dict[str, Any], rows: Tensor) -> None:
+    """Against TorchJD, and a plain read of the same rows, which is the floor."""
+    method = getattr(fastmtl, name)(**options)
+    providers: dict[str, Callable[[], Any]] = {
+        "fastmtl": lambda: fastmtl.aggregate(rows, method).grads,
+        **read_passes(rows),
+    }
+    if torchjd is not None:
+        theirs = torchjd.GradDrop() if name == "GradDrop" else torchjd.TrimmedMean(options["trim"])
+        providers["TorchJD"] = lambda: theirs(rows)
+    found = fastmtl.aggregate(rows, method).grads.double()
+    if name == "GradDrop":
+        sums = [rows.double().clamp(min=0).sum(0), rows.double().clamp(max=0).sum(0)]
+        expected = torch.where((found - sums[0]).abs() < (found - sums[1]).abs(), *sums)
+    else:
+        expected = rows.sort(0).values[options["trim"] : len(rows) - options["trim"]].double().mean(0)
+    errors = {"fastmtl": check(name, oracle.vector_error(found, expected), 1e-5)}
+    report.measure("aggregate", name, (len(rows), rows.shape[1]), providers, "fastmtl", errors)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,87 @@ void combine_inplace_boxed(StableIValue* stack, uint64_t, uint64_t) {
   targets.write_back();
 }
 
+// ---- elementwise methods ----------------------------------------------------------------------------------------
+
+struct ElementwiseArgs {
+  const double* weights;
+  std::vector<Tensor> tensors;
+  std::vector<Output> out;
+};
+
+ElementwiseArgs elementwise_args(const TensorRows& rows, const Tensor& weights, bool widen) {
+  check_double(weights, {rows.rows().num_groups, rows.rows().num_tasks}, rows.device(), "weights");
+  ElementwiseArgs args{weights.const_data_ptr<double>(), rows.new_outputs(widen), {}};
+  for (const Tensor& t : args.tensors) {
+    const TensorView v(t.get());
+    args.out.push_back({v.data, scalar_of(v.dtype).value()});
+  }
+  return args;
+}
+
+// grad_drop(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights, Tensor rng, Tensor? leak,
+//           bool widen=False) -> Tensor[]
+void grad_drop_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  TensorList list(stack[0]);
+  auto num_tasks = to<int64_t>(stack[1]);
+  auto stacked = to<bool>(stack[2]);
+  auto groups = to<OptionalInts>(stack[3]);
+  auto weights = to<Tensor>(stack[4]);
+  auto rng = to<Tensor>(stack[5]);
+  auto leak = to<std::optional<Tensor>>(stack[6]);
+  auto widen = to<bool>(stack[7]);
+  TensorRows rows("grad_drop", list, num_tasks, stacked, groups, num_groups_of(weights));
+  check_tensor(rng, ScalarType::Long, {2}, rows.device(), "rng");
+  if (leak) check_double(*leak, {num_tasks}, rows.device(), "leak");
+  auto args = elementwise_args(rows, weights, widen);
+  const auto* seed_and_step = rng.const_data_ptr<int64_t>();
+  const double* leaks = leak ? leak->const_data_ptr<double>() : nullptr;
+#ifdef WITH_CUDA
+  if (rows.is_cuda()) {
+    check_tasks_on_cuda(rows.rows());
+    if (leak && num_tasks > kMaxTasksLeaky)
+      throw std::invalid_argument("leak: on CUDA for at most " + std::to_string(kMaxTasksLeaky) + " tasks, found " +
+                                  std::to_string(num_tasks));
+    CudaCall call(rows.device().index());
+    CudaCall::check(grad_drop_cuda(rows.rows(), args.weights, seed_and_step, leaks, args.out.data(), call.stream),
+                    "grad_drop");
+    stack[0] = from(args.tensors);
+    return;
+  }
+#endif
+  grad_drop_cpu(rows.rows(), args.weights, seed_and_step, leaks, args.out.data());
+  stack[0] = from(args.tensors);
+}
+
+// trimmed_mean(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights, int trim,
+//              bool widen=False) -> Tensor[]
+void trimmed_mean_boxed(StableIValue* stack, uint64_t, uint64_t) {
+  TensorList list(stack[0]);
+  auto num_tasks = to<int64_t>(stack[1]);
+  auto stacked = to<bool>(stack[2]);
+  auto groups = to<OptionalInts>(stack[3]);
+  auto weights = to<Tensor>(stack[4]);
+  auto trim = to<int64_t>(stack[5]);
+  auto widen = to<bool>(stack[6]);
+  if (trim < 0) throw std::invalid_argument("trim: expected at least 0, found " + std::to_string(trim));
+  TensorRows rows("trimmed_mean", list, num_tasks, stacked, groups, num_groups_of(weights));
+  auto args = elementwise_args(rows, weights, widen);
+#ifdef WITH_CUDA
+  if (rows.is_cuda()) {
+    check_tasks_on_cuda(rows.rows());
+    if (trim > kMaxTrimInRegisters && num_tasks > kMaxTasksSorted)
+      throw std::invalid_argument("trim: on CUDA at most " + std::to_string(kMaxTrimInRegisters) + " for more than " +
+                                  std::to_string(kMaxTasksSorted) + " tasks, found " + std::to_string(trim));
+    CudaCall call(rows.device().index());
+    CudaCall::check(trimmed_mean_cuda(rows.rows(), args.weights, trim, args.out.data(), call.stream), "trimmed_mean");
+    stack[0] = from(args.tensors);
+    return;
+  }
+#endif
+  trimmed_mean_cpu(rows.rows(), args.weights, trim, args.out.data());
+  stack[0] = from(args.tensors);
+}
+
 // ---- solvers ----------------------------------------------------------------------------------------------------
 
 struct GramianArgs {
@@ -360,6 +441,8 @@ void implement(Library& m) {
   m.impl("gram", &gram_boxed);
   m.impl("combine", &combine_boxed);
   m.impl("combine_", &combine_inplace_boxed);
+  m.impl("grad_drop", &grad_drop_boxed);
+  m.impl("trimmed_mean", &trimmed_mean_boxed);
   m.impl("min_norm", TORCH_BOX(&min_norm));
   m.impl("frank_wolfe", TORCH_BOX(&frank_wolfe));
   m.impl("dual_cone", TORCH_BOX(&dual_cone));
@@ -380,6 +463,12 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
       "combine(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights, bool widen=False)"
       " -> Tensor[]");
   m.def("combine_(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights, Tensor(a!)[] out) -> ()");
+  m.def(
+      "grad_drop(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights, Tensor rng, Tensor? leak,"
+      " bool widen=False) -> Tensor[]");
+  m.def(
+      "trimmed_mean(Tensor?[] rows, int num_tasks, bool stacked, int[]? groups, Tensor weights, int trim,"
+      " bool widen=False) -> Tensor[]");
   m.def("min_norm(Tensor gramian, Tensor? mask, Tensor? lower_bounds=None) -> (Tensor, Tensor)");
   m.def("frank_wolfe(Tensor gramian, Tensor? mask, int max_iter, float tol, bool pair_start) -> (Tensor, Tensor)");
   m.def("dual_cone(Tensor gramian, Tensor? mask, Tensor combinations, float noise) -> (Tensor, Tensor)");

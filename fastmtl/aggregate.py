@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.engine import Method, check_method, decide, restored_on_error, task_mask, weighed_losses
+from fastmtl.engine import Method, check_method, operate, restored_on_error, task_mask, weighed_losses
 from fastmtl.losses import LossesLike, numbered, parse_losses
 from fastmtl.result import Result
 from fastmtl.rows import Gradients, as_rows
@@ -56,16 +56,16 @@ def aggregate(
     parsed = None if losses is None else parse_losses(losses, differentiable=False)
     if parsed is not None and len(parsed) != rows.num_tasks:
         raise ValueError(f"losses: expected {rows.num_tasks} tasks, found {len(parsed)}")
+    weights: Tensor | None
     gramian: Tensor | None = None
     if isinstance(method, LossWeighting):
-        with weighed_losses(method, parsed) as weights, torch.no_grad():
-            weights = weights.to(rows.device).expand(rows.num_groups, -1)
+        with weighed_losses(method, parsed) as found, torch.no_grad():
+            weights = found.to(rows.device).expand(rows.num_groups, -1)
             combined = ops.combine(rows, weights)
     else:
         names = parsed.names if parsed is not None else numbered(rows.num_tasks)
         with torch.no_grad(), restored_on_error(method):
-            gramian = ops.gram(rows, precision=precision)
-            weights = decide(method, gramian, task_mask(rows, parsed), parsed, names).weights
-            combined = ops.combine(rows, weights)
+            outcome = operate(method, rows, task_mask(rows, parsed), parsed, names, precision=precision)
+            weights, gramian, combined = outcome.weights, outcome.gramian, outcome.take()
     out = combined[0] if isinstance(grads, Tensor) else combined
     return Result.of(out, weights, gramian, grouped=groups is not None)

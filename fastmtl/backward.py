@@ -21,6 +21,7 @@ from fastmtl.engine import (
     check_nonfinite,
     clip,
     decide,
+    operate,
     refuse_options,
     restored_on_error,
     scale_of,
@@ -39,6 +40,7 @@ from fastmtl.sharded_exchange import SAME_TASKS, ShardedExchange, ranks_of_shard
 from fastmtl.surgery.amortized import Amortized
 from fastmtl.surgery.base import GradientMethod
 from fastmtl.surgery.constant import Sum
+from fastmtl.surgery.row_method import refuse_row_method
 from fastmtl.watch import tell
 from fastmtl.weighting.base import LossWeighting
 
@@ -156,6 +158,8 @@ def backward(
         raise ValueError(f"row_dtype: expected torch.bfloat16, torch.float16 or None, found {row_dtype!r}")
     if isinstance(method, Amortized) and nonfinite != "propagate":
         raise ValueError(f"nonfinite={nonfinite!r}: Amortized looks at no gradients between its updates")
+    if gramian_params is not None:
+        refuse_row_method(method, "gramian_params")
     grouped = groups not in (None, "all")
     parsed = parse_losses(losses, empty=several("auto"))
     leaves, kinds = find_leaves(parsed.present)
@@ -174,6 +178,8 @@ def backward(
         ranks = ranks_of_sharded(process_group, [*candidates.values(), *heads])
     else:
         ranks = ranks_of(process_group)
+    if ranks is not None:
+        refuse_row_method(method, "process_group")
     if ranks is None and not parsed.present:
         parse_losses(losses)  # raises
     hidden = any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds)
@@ -273,18 +279,14 @@ def backward(
     rows = Rows.by_task(_columns(tasks, shared), indices, num_groups)
     _refuse_unreached(rows, "shared_params")
     mask = task_mask(rows, parsed)
-    gramian = unscaled(ops.gram(rows, precision=precision), passes.scale)
+    rest = sorted(set(range(len(params))) - set(shared))
+    widen = row_dtype is not None
     with restored_on_error(method):
-        decision = decide(method, gramian, mask, parsed, parsed.names, nonfinite, max_norm)
-        if not decision.skip:
-            rest = sorted(set(range(len(params))) - set(shared))
-            accumulate(
-                ([params[i] for i in shared], rows, decision.weights),
-                ([params[i] for i in rest], Rows.by_task(_columns(tasks, rest)), decision.for_heads(method)),
-            )
+        outcome = operate(method, rows, mask, parsed, parsed.names, passes.scale, nonfinite, max_norm, precision, widen)
+        outcome.fill([params[i] for i in shared], [params[i] for i in rest], Rows.by_task(_columns(tasks, rest)))
     if known is None and model is not None:
         _keep_shared(model, candidates, found, [task is not None for task in tasks])
-    return Result.of(_grads(params[i] for i in shared), decision.weights, gramian, grouped)
+    return Result.of(_grads(params[i] for i in shared), outcome.weights, outcome.gramian, grouped)
 
 
 def _meet(

@@ -23,6 +23,7 @@ from fastmtl.losses import Losses, LossesLike, numbered, parse_losses, spread, s
 from fastmtl.result import Result
 from fastmtl.rows import Rows, constant_mask
 from fastmtl.surgery.base import GradientMethod, Step
+from fastmtl.surgery.row_method import refuse_row_method
 from fastmtl.weighting.base import LossWeighting
 
 IDLE_CALLS = 10
@@ -273,6 +274,7 @@ class FeatureSurgery(nn.Module):
             raise ValueError(
                 f"{type(method).__name__}: a layer cannot scale the heads; construct it with scale_heads=False"
             )
+        refuse_row_method(method, "FeatureSurgery")
         self.method = method
         self.num_tasks = num_tasks
         self.scaler = scaler

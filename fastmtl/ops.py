@@ -8,7 +8,7 @@ differentiable: backward through them raises.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -105,14 +105,7 @@ def combine(
     if not _extension.kernels_on(rows.device.type):
         out = reference.combine(rows, w, dtype=dtype)
     else:
-        reached = rows.reached()
-        some = rows if len(reached) == rows.num_params else rows.select(reached)
-        out = [None] * rows.num_params
-        if reached:
-            widen = dtype == torch.float32
-            values = torch.ops.fastmtl.combine(some.grads, some.num_tasks, some.stacked, some.groups, w, widen)
-            for p, value in zip(reached, values, strict=True):
-                out[p] = rows.unpack(p, value)
+        out = _each_reached(rows, torch.ops.fastmtl.combine, w, dtype == torch.float32)
     return out[0] if isinstance(grads, Tensor) else out
 
 
@@ -134,6 +127,97 @@ def combine_(rows: Rows, weights: Tensor, out: Sequence[Tensor]) -> None:
             torch.ops.fastmtl.combine_(rows.grads, rows.num_tasks, rows.stacked, rows.groups, w, list(out))
     else:
         reference.combine_(rows, w, out)
+
+
+def grad_drop(
+    grads: Gradients | Rows,
+    weights: Tensor,
+    rng: Tensor,
+    leak: Tensor | None = None,
+    groups: Sequence[int] | None = None,
+    widen: bool = False,
+    f: Callable[[Tensor], Tensor] | None = None,
+) -> Any:
+    """Keeps of each element the positive or the negative parts, at random; see `fastmtl.GradDrop` for the method.
+
+    Args:
+        grads: As for `gram`.
+        weights: As for `combine`: the rows are multiplied by them first. One of weight 0 takes no part.
+        rng: int64 ``[2]``: seed and step, on the gradients' device. The same pair gives the same numbers on every
+            device; which ones an element has goes by its place in memory and by its parameter's place among those
+            that some task reaches.
+        leak: ``[T]`` float64: the share of a task's element that passes where it is dropped. None: 0.
+        groups: As for `gram`.
+        widen: float32 results where the gradients are bfloat16 or float16.
+        f: What is compared with the random number in place of the purity, from and to a tensor; not through the kernel
+            then, but in plain PyTorch.
+
+    Returns:
+        As `combine`. NaN where an element is not finite.
+
+    Raises:
+        TypeError, ValueError: As `combine`.
+
+    Note:
+        Cost: one read of the rows and one write; bitwise the same for any number of threads. At most 2^34 elements per
+        parameter have numbers of their own.
+    """
+    rows = as_rows(grads, groups)
+    w = check_weights(weights, rows)
+    if f is not None or not _extension.kernels_on(rows.device.type):
+        out = reference.grad_drop(rows, w, rng, leak, widen=widen, f=f)
+    else:
+        out = _each_reached(rows, torch.ops.fastmtl.grad_drop, w, rng, leak, widen)
+    return out[0] if isinstance(grads, Tensor) else out
+
+
+def trimmed_mean(
+    grads: Gradients | Rows,
+    weights: Tensor,
+    trim: int,
+    groups: Sequence[int] | None = None,
+    widen: bool = False,
+) -> Any:
+    """The mean of each element over the tasks, without the largest and the smallest values.
+
+    Args:
+        grads: As for `gram`.
+        weights: As for `combine`: the rows are multiplied by them first. One of weight 0 takes no part.
+        trim: How many of the largest and how many of the smallest values are left out; where n tasks take part, at most
+            ``(n - 1) // 2``.
+        groups: As for `gram`.
+        widen: float32 results where the gradients are bfloat16 or float16.
+
+    Returns:
+        As `combine`; NaN where an element is NaN.
+
+    Raises:
+        TypeError, ValueError: As `combine`.
+
+    Note:
+        Cost: one read of the rows and one write; about ``2 trim`` comparisons per element of a row up to ``trim = 4``,
+        ``log(T)^2 / 4`` above it, where CUDA takes at most 512 tasks.
+    """
+    rows = as_rows(grads, groups)
+    w = check_weights(weights, rows)
+    trim = whole("trim", trim, 0)
+    if not _extension.kernels_on(rows.device.type):
+        out = reference.trimmed_mean(rows, w, trim, widen=widen)
+    else:
+        out = _each_reached(rows, torch.ops.fastmtl.trimmed_mean, w, trim, widen)
+    return out[0] if isinstance(grads, Tensor) else out
+
+
+def _each_reached(rows: Rows, op: Any, *arguments: Any) -> list[Tensor | None]:
+    """An operator that makes one gradient of T, on the parameters that some task reaches; None for the others."""
+    reached = rows.reached()
+    some = rows if len(reached) == rows.num_params else rows.select(reached)
+    out: list[Tensor | None] = [None] * rows.num_params
+    if reached:
+        values = op(some.grads, some.num_tasks, some.stacked, some.groups, *arguments)
+        for p, value in zip(reached, values, strict=True):
+            out[p] = rows.unpack(p, value)
+    return out
 
 
 def check_weights(weights: Tensor, rows: Rows) -> Tensor:
@@ -545,6 +629,29 @@ def _register() -> None:
         per_param = [rows[i : i + num_tasks] for i in range(0, len(rows), num_tasks)]
         return [dense_like(next(r for r in param if r is not None), widen) for param in per_param]
 
+    def grad_drop_fake(
+        rows: list,
+        num_tasks: int,
+        stacked: bool,
+        groups: list | None,
+        weights: Tensor,
+        rng: Tensor,
+        leak: Tensor | None,
+        widen: bool = False,
+    ) -> list:
+        return combine_fake(rows, num_tasks, stacked, groups, weights, widen)
+
+    def trimmed_mean_fake(
+        rows: list,
+        num_tasks: int,
+        stacked: bool,
+        groups: list | None,
+        weights: Tensor,
+        trim: int,
+        widen: bool = False,
+    ) -> list:
+        return combine_fake(rows, num_tasks, stacked, groups, weights, widen)
+
     def dense_like(row: Tensor, widen: bool) -> Tensor:
         dtype = torch.float32 if widen and row.dtype.itemsize == 2 else row.dtype
         like = torch.empty_like(row, dtype=dtype)
@@ -574,6 +681,8 @@ def _register() -> None:
         "gram": gram_fake,
         "combine": combine_fake,
         "combine_": nothing,
+        "grad_drop": grad_drop_fake,
+        "trimmed_mean": trimmed_mean_fake,
         "min_norm": min_norm_fake,
         "frank_wolfe": min_norm_fake,
         "dual_cone": dual_cone_fake,

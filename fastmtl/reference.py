@@ -7,7 +7,7 @@ host synchronisations). Devices without float64 (MPS) compute in float32.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -97,6 +97,90 @@ def _totals(rows: Rows, weights: Tensor) -> list[Tensor | None]:
                 total = total + w * x.to(total.dtype)
         out[p] = total
     return out
+
+
+def grad_drop(
+    grads: Gradients | Rows,
+    weights: Tensor,
+    rng: Tensor,
+    leak: Tensor | None = None,
+    groups: Sequence[int] | None = None,
+    widen: bool = False,
+    f: Callable[[Tensor], Tensor] | None = None,
+) -> list[Tensor | None]:
+    """As `fastmtl.ops.grad_drop`, always a list; reads weights, ``rng`` and ``leak`` on the host."""
+    rows = as_rows(grads, groups)
+    seed, step = rng.tolist()
+    leaks = [0.0] * rows.num_tasks if leak is None else leak.tolist()
+    out: list[Tensor | None] = [None] * rows.num_params
+    for number, p in enumerate(rows.reached()):
+        terms = _terms(rows, p, weights)
+        like = _dense_like(next(x for x in _task_rows(rows, p) if x is not None))
+        positive, negative, up, down = (torch.zeros_like(like, dtype=_wide(rows.device)) for _ in range(4))
+        for task, x in terms:
+            above = x > 0
+            positive += torch.where(above, x, 0.0)
+            negative += torch.where(above, 0.0, x)
+            up += torch.where(above, x, leaks[task] * x)
+            down += torch.where(above, leaks[task] * x, x)
+        total = positive - negative
+        purity = torch.where(total == 0, 0.5, positive / total)
+        uniform = _uniform(like, number, seed, step).to(total)
+        chosen = torch.where((purity if f is None else f(purity)) > uniform, up, down) + total * 0
+        out[p] = rows.unpack(p, _rounded(like, chosen, widen))
+    return out
+
+
+def _uniform(like: Tensor, number: int, seed: int, step: int) -> Tensor:
+    """The numbers on (0, 1) of csrc/grad_drop.h for a dense tensor, float64 on the CPU."""
+    block = np.arange(-(-like.numel() // 4), dtype=np.uint64)
+    low, high = _halves(step)
+    counter = [block & _LOW, np.full_like(block, number), np.full_like(block, low), np.full_like(block, high)]
+    words = np.stack(philox4x32(counter, _halves(seed)), -1).reshape(-1)
+    uniform = torch.from_numpy(((words >> np.uint64(9)) + 0.5) * 2.0**-23)
+    return torch.as_strided(uniform, like.shape, like.stride())
+
+
+def trimmed_mean(
+    grads: Gradients | Rows,
+    weights: Tensor,
+    trim: int,
+    groups: Sequence[int] | None = None,
+    widen: bool = False,
+) -> list[Tensor | None]:
+    """As `fastmtl.ops.trimmed_mean`, always a list; reads the weights on the host."""
+    rows = as_rows(grads, groups)
+    out: list[Tensor | None] = [None] * rows.num_params
+    for p in rows.reached():
+        like = _dense_like(next(x for x in _task_rows(rows, p) if x is not None))
+        mean = torch.zeros_like(like, dtype=_wide(rows.device))
+        terms = [x for _, x in _terms(rows, p, weights)]
+        if terms:
+            k = min(trim, (len(terms) - 1) // 2)
+            values = torch.stack(terms)
+            mean = values.sort(0).values[k : len(terms) - k].mean(0)
+            mean = torch.where(values.isnan().any(0), math.nan, mean)
+        out[p] = rows.unpack(p, _rounded(like, mean, widen))
+    return out
+
+
+def _terms(rows: Rows, p: int, weights: Tensor) -> list[tuple[int, Tensor]]:
+    """A parameter's rows of a weight other than 0, with their tasks, multiplied by it, in the wide type."""
+    host = weights.reshape(rows.num_groups, rows.num_tasks).tolist()[0 if rows.groups is None else rows.groups[p]]
+    wide = _wide(rows.device)
+    each = enumerate(zip(host, _task_rows(rows, p), strict=True))
+    return [(t, w * x.to(wide)) for t, (w, x) in each if x is not None and w != 0]
+
+
+def _rounded(like: Tensor, x: Tensor, widen: bool) -> Tensor:
+    dtype = torch.float32 if widen and like.dtype.itemsize == 2 else like.dtype
+    return torch.empty_like(like, dtype=dtype).copy_(x)
+
+
+def _dense_like(row: Tensor) -> Tensor:
+    """An empty tensor with the layout that the kernels give the outcome of rows like this one."""
+    like = torch.empty_like(row)
+    return like if like.stride() == row.stride() else torch.empty_like(row, memory_format=torch.contiguous_format)
 
 
 # ---- The T x T solvers: on the host, in float64, by other algorithms than our kernels' -------------------------------

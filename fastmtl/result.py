@@ -17,21 +17,23 @@ class Result:
         grads: `fastmtl.aggregate`: the combined gradient, shaped as one row of its input. `fastmtl.backward` and
             `TaskGradients.combine`: the shared parameters' ``.grad`` themselves, in order, None where no task
             reaches. `FeatureSurgery`: None.
-        weights: The tasks' weights, ``[T]`` float64, or ``[K, T]`` with groups.
+        weights: The tasks' weights, ``[T]`` float64, or ``[K, T]`` with groups; None for elementwise methods (GradDrop,
+            TrimmedMean), which have none.
         gramian: Dot products of the raw losses' gradients, ``[T, T]`` float64, or ``[K, T, T]`` with groups; None for
-            loss weightings, which need none.
+            loss weightings and elementwise methods, which need none. Of methods that track gradients (MoCo, DBMTL), of
+            the tracked ones.
     """
 
     grads: Any
-    weights: Tensor
+    weights: Any
     gramian: Tensor | None
 
     @staticmethod
-    def of(grads: Any, weights: Tensor, gramian: Tensor | None, grouped: bool) -> Result:
+    def of(grads: Any, weights: Tensor | None, gramian: Tensor | None, grouped: bool) -> Result:
         """A result from ``weights [K, T]`` and ``gramian [K, T, T]``; K is left out unless ``grouped``."""
         if grouped:
             return Result(grads, weights, gramian)
-        return Result(grads, weights[0], None if gramian is None else gramian[0])
+        return Result(grads, None if weights is None else weights[0], None if gramian is None else gramian[0])
 
     def __repr__(self) -> str:
         """Weights and shapes; never the gradients."""
@@ -48,7 +50,7 @@ class Result:
             ValueError: There is no Gramian.
         """
         if self.gramian is None:
-            raise ValueError("cosines: a loss weighting computes no Gramian")
+            raise ValueError("cosines: a loss weighting or an elementwise method computes no Gramian")
         norms = self.gramian.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
         scale = norms.unsqueeze(-1) * norms.unsqueeze(-2)
         return torch.where(scale > 0, self.gramian / scale, 0.0).clamp(-1, 1)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastmtl import ops, sparse
+from fastmtl import sparse
 from fastmtl.checks import whole
 from fastmtl.distributed import Group, ranks_of, several
 from fastmtl.engine import (
@@ -17,13 +17,12 @@ from fastmtl.engine import (
     accumulate,
     check_method,
     check_nonfinite,
-    decide,
+    operate,
     refuse_options,
     refuse_unsupported,
     restored_on_error,
     scale_of,
     task_mask,
-    unscaled,
     weighed_losses,
 )
 from fastmtl.exchange import Exchange, describe_param, describe_params, finish, has_static_graph, weighted
@@ -34,6 +33,7 @@ from fastmtl.result import Result
 from fastmtl.rows import Rows, ThroughBackward
 from fastmtl.sharded import is_sharded
 from fastmtl.sharded_exchange import SAME_TASKS, ShardedExchange, ranks_of_sharded
+from fastmtl.surgery.row_method import refuse_row_method
 from fastmtl.weighting.base import LossWeighting
 
 
@@ -181,6 +181,8 @@ class TaskGradients:
         params = [*self.shared, *self.heads]
         sharded = any(map(is_sharded, params))
         ranks = ranks_of_sharded(process_group, params) if sharded else ranks_of(process_group)
+        if ranks is not None:
+            refuse_row_method(method, "process_group")
         if ranks is None and all(row is None for row in self._rows):
             raise ValueError("combine: no task has run a backward pass yet")
         if (isinstance(method, LossWeighting) or method.scale_heads) and not self.heads:
@@ -214,12 +216,11 @@ class TaskGradients:
         heads = Rows.by_task([r and r[n:] for r in self._rows])
         if isinstance(method, LossWeighting):
             return self._weigh_losses(method, parsed, rows, heads)
-        gramian = unscaled(ops.gram(rows, precision=precision), scale_of(self.scaler, rows.device))
+        scale, mask = scale_of(self.scaler, rows.device), task_mask(rows, None)
         with restored_on_error(method):
-            decision = decide(method, gramian, task_mask(rows, None), parsed, self.names, nonfinite, max_norm)
-            if not decision.skip:
-                accumulate((self.shared, rows, decision.weights), (self.heads, heads, decision.for_heads(method)))
-        return self._finish(decision.weights, gramian)
+            outcome = operate(method, rows, mask, parsed, self.names, scale, nonfinite, max_norm, precision)
+            outcome.fill(self.shared, self.heads, heads)
+        return self._finish(outcome.weights, outcome.gramian)
 
     def _weigh_losses(self, method: LossWeighting, losses: Losses | None, rows: Rows, heads: Rows) -> Result:
         with weighed_losses(method, losses, scale_of(self.scaler, rows.device), alone=True) as weights:
@@ -243,7 +244,7 @@ class TaskGradients:
         weights, gramian = finish(shards, self.heads, rest, method, scale, nonfinite, max_norm, precision)
         return self._finish(weights, gramian)
 
-    def _finish(self, weights: Tensor, gramian: Tensor | None) -> Result:
+    def _finish(self, weights: Tensor | None, gramian: Tensor | None) -> Result:
         self.zero()
         return Result.of(tuple(p.grad for p in self.shared), weights, gramian, self._grouped)
 

@@ -21,10 +21,12 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 CSRC, HOST, CACHE = ROOT / "csrc", ROOT / "tests" / "cuda_on_host", ROOT / "build" / "cuda_on_host"
-KERNELS = ("gram.cu", "gram_registers.cu", "gram_tensor_cores.cu", "combine.cu", "solvers.cu")
-RUNTIME = ("cuda_on_host.cpp", "check.cpp", "main.cpp", "test_gram.cpp", "test_combine.cpp", "test_solvers.cpp")
+KERNELS = ("gram.cu", "gram_registers.cu", "gram_tensor_cores.cu")
+KERNELS += ("combine.cu", "grad_drop.cu", "trimmed_mean.cu", "solvers.cu")
+RUNTIME = ("cuda_on_host.cpp", "check.cpp", "main.cpp", "test_gram.cpp", "test_combine.cpp")
+RUNTIME += ("test_elementwise.cpp", "test_solvers.cpp")
 # gram_long is about rounding alone and says most with few ranges: see test_few_ranges.
-SUITES = ("gram_registers", "gram_tensor_cores", "gram_tables", "combine")
+SUITES = ("gram_registers", "gram_tensor_cores", "gram_tables", "combine", "grad_drop", "trimmed_mean")
 SUITES += ("min_norm", "bounded_min_norm", "dual_cone", "frank_wolfe", "simplex_lp", "fairgrad", "spectral")
 SUITES += ("pcgrad", "gradvac")
 WORKERS = min(2, os.cpu_count() or 1)
@@ -72,6 +74,7 @@ def run(command: Iterable[str | Path], **options: object) -> None:
 def headers(csrc: Path) -> bytes:
     files = [
         csrc / "rows.h",
+        csrc / "grad_drop.h",
         *sorted(csrc.glob("cuda/*.h")),
         *sorted(csrc.glob("solvers/*.h")),
         *sorted(HOST.glob("*.h")),
@@ -257,9 +260,48 @@ BUGS = {
     "all ranges write the same triangle": tensor_bug(
         "race", RACE, "partials + blockIdx.x * num_pairs(table.num_tasks)", "partials"
     ),
-    "row of weight 0 read": Bug("asan", "combine", "SEGV", Edit("combine.cu", "row && weight != 0", "row")),
+    "row of weight 0 read": Bug("asan", "combine", "SEGV", Edit("terms.h", "row && weight != 0", "row")),
     "list of rows overwritten while others read it": Bug(
         "race", "combine", RACE, Edit("combine.cu", "__syncthreads();  // nobody", "// nobody")
+    ),
+    "every parameter draws the first one's numbers": Bug(
+        "asan", "grad_drop", WRONG, Edit("grad_drop.cu", "table.params[p].number", "0")
+    ),
+    "numbers in another order": Bug(
+        "asan", "grad_drop", WRONG, Edit("grad_drop.cu", "uniform_of(random.word[n])", "uniform_of(random.word[3 - n])")
+    ),
+    "leak of the place in the list, not of the task": Bug(
+        "asan", "grad_drop", WRONG, Edit("grad_drop.cu", "(leak[task])", "(leak[place])")
+    ),
+    "no room for the leaks": Bug(
+        "asan", "grad_drop", OVERFLOW, Edit("grad_drop.cu", "leak ? sizeof(Sum<Element>) : 0", "0")
+    ),
+    "list of rows read before it is written": Bug(
+        "race",
+        "grad_drop",
+        RACE,
+        Edit("grad_drop.cu", "__syncthreads();\n    Out* const", "Out* const"),
+    ),
+    "one more is trimmed": Bug(
+        "asan", "trimmed_mean", WRONG, Edit("trimmed_mean.cu", "r + term < 2 * trim);", "r + term <= 2 * trim);")
+    ),
+    "sorted before all values are there": Bug(
+        "race",
+        "trimmed_mean",
+        RACE,
+        Edit("trimmed_mean.cu", "__syncthreads();\n      sort_columns(", "sort_columns("),
+    ),
+    "stages of the sort overlap": Bug(
+        "race", "trimmed_mean", RACE, Edit("trimmed_mean.cu", "      __syncthreads();\n    }\n  }\n}", "    }\n  }\n}")
+    ),
+    "next values before the last were read": Bug(
+        "race", "trimmed_mean", RACE, Edit("trimmed_mean.cu", "__syncthreads();  // the values", "// the values")
+    ),
+    "comparisons across blocks of the merge sort": Bug(
+        "asan",
+        "trimmed_mean",
+        WRONG,
+        Edit("trimmed_mean.cu", " || low / (2 * p) != (low + k) / (2 * p)", ""),
     ),
     "warp does not wait for its writes": Bug(
         "race", "pcgrad", RACE, Edit("teams.h", "sync() const { __syncwarp(); }", "sync() const {}")
@@ -303,7 +345,7 @@ def kernels_of(suite: str) -> set[str]:
         return {"gram.cu", f"{suite}.cu"}
     if suite.startswith("gram"):
         return {"gram.cu", "gram_registers.cu", "gram_tensor_cores.cu"}
-    return {"combine.cu" if suite == "combine" else "solvers.cu"}
+    return {f"{suite}.cu" if suite in ("combine", "grad_drop", "trimmed_mean") else "solvers.cu"}
 
 
 def build_edited(mode: Mode, suite: str, edits: tuple[Edit, ...], folder: Path) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor
 
 import fastmtl
-from fastmtl import GradientMethod, LossWeighting
+from fastmtl import GradientMethod, LossWeighting, RowMethod
 from fastmtl.methods import all_methods
 from tests.asserts import assert_untouched
 from tests.nets import Net, mlp
 
 T = 3
 DTYPES = {torch.float64: 1e-9, torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}  # relative
-METHODS = sorted(all_methods())
+# Methods that go by weights; those that work on the rows are in tests/surgery/test_row_method.py.
+METHODS = sorted(name for name, each in all_methods().items() if not issubclass(each, RowMethod))
+ROW_METHODS = sorted(set(all_methods()) - set(METHODS))
 # What a method cannot do without, and options by which a short run shows its effect.
 OPTIONS: dict[str, dict[str, Any]] = {
     "COSMOS": {"num_tasks": T, "preference": [1, 2, 3]},
@@ -204,7 +207,7 @@ COLUMNS: dict[str, list[tuple[str, Callable[..., Way], dict[str, Any]]]] = {
 }
 
 
-def run(name: str, way: Callable[..., Way], options: dict[str, Any], dtype: torch.dtype) -> None:
+def run_method(name: str, way: Callable[..., Way], options: dict[str, Any], dtype: torch.dtype) -> None:
     """Three steps; ValueError where the way in refuses the method."""
     torch.manual_seed(0)
     net = mlp(T).to(dtype)
@@ -230,9 +233,46 @@ def test_another_order_of_named_tasks(name: str) -> None:
     fastmtl.backward({"a": a, "b": None, "c": c}, method, net.trunk)
 
 
+def run_row_method(name: str, way: Callable[..., Way], options: dict[str, Any], dtype: torch.dtype) -> None:
+    """Three steps against `fastmtl.aggregate` with the rows in float64."""
+    torch.manual_seed(0)
+    net, method, oracle = mlp(T).to(dtype), make(name, **options), make(name, **options)
+    trunk, heads = [*net.trunk.parameters()], [*net.heads.parameters()]
+    for x in torch.randn(3, 8, 5, dtype=torch.float64).to(dtype):
+        net.zero_grad()
+        losses = net.losses(x)
+        values = [x.detach() for x in losses]
+        rows = [[torch.autograd.grad(loss, p, retain_graph=True)[0].double() for loss in losses] for p in trunk]
+        plain = [torch.autograd.grad(sum(losses), p, retain_graph=True)[0] for p in heads]
+        groups = [0, 0, 1, 1] if way is Groups else None
+        expected = fastmtl.aggregate(rows, oracle, losses=values, groups=groups).grads
+        if way in (ParameterLevel, Groups, LeanGramian):
+            arguments = {Groups: {"groups": "layer"}, LeanGramian: {"gramian_params": net.trunk[-1]}}.get(way, {})
+            fastmtl.backward(losses, method, net.trunk, retain_graph=True, **arguments)
+        elif way is AtHand:
+            out = fastmtl.aggregate([[g.to(dtype) for g in p] for p in rows], method, losses=values)
+            for p, grad in zip(trunk, out.grads, strict=True):
+                p.grad = grad
+        elif way is FeatureLevel:
+            fastmtl.FeatureSurgery(method, T)
+        else:
+            collected = fastmtl.TaskGradients(
+                net.trunk, T, heads=net.heads if way is OneBatchPerTaskWithHeads else None
+            )
+            for t, loss in enumerate(losses):
+                collected.backward(t, loss, retain_graph=True)
+            collected.combine(method)
+        for p, wanted in zip(trunk, expected, strict=True):
+            torch.testing.assert_close(p.grad.double(), wanted, rtol=0, atol=DTYPES[dtype] * float(wanted.abs().max()))
+        if not method.scale_heads and way is not AtHand:
+            for p, wanted in zip(heads, plain, strict=True):
+                torch.testing.assert_close(p.grad, wanted)
+
+
 def cell(name: str, column: str) -> str:
+    run = run_row_method if name in ROW_METHODS else run_method
     for text, way, options in COLUMNS[column]:
-        if all(hasattr(make(name), option) for option in options):
+        if inspect.signature(getattr(fastmtl, name)).parameters.keys() >= options.keys():
             try:
                 run(name, way, options, torch.float64)
             except ValueError:
@@ -243,7 +283,7 @@ def cell(name: str, column: str) -> str:
 
 def table() -> list[str]:
     lines = [" | ".join(["| method", *COLUMNS]) + " |", "|---" * (1 + len(COLUMNS)) + "|"]
-    for name in METHODS:
+    for name in sorted(METHODS + ROW_METHODS):
         lines.append(" | ".join([f"| `{name}`", *(cell(name, column) for column in COLUMNS)]) + " |")
     return lines
 
@@ -255,9 +295,10 @@ def test_docs_have_this_table() -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("column", COLUMNS)
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", [*METHODS, *ROW_METHODS])
 def test_every_way_in(name: str, column: str, dtype: torch.dtype) -> None:
     """As the table says: refused, or the weighted sum of the gradients by the method's own weights."""
+    run = run_row_method if name in ROW_METHODS else run_method
     ways = {text: (way, options) for text, way, options in COLUMNS[column]}
     text = cell(name, column)
     if text == "–":

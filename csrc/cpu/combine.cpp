@@ -4,13 +4,11 @@
 // rows pass through a block of accumulators in registers, in fp32 (fp64 for fp64), rounded once when stored; not at
 // all where the output of 16-bit rows is fp32. Where the whole output is too large to stay in the last-level cache, it
 // is written past the caches: else each line would be read before it is overwritten.
-#include <algorithm>
 #include <cstdint>
-#include <vector>
 
 #include "cpu.h"
 #include "dispatch.h"
-#include "partition.h"
+#include "terms.h"
 
 namespace fastmtl {
 namespace {
@@ -25,10 +23,6 @@ struct CombineCall {
   bool accumulate;
   bool stream;  // write past the caches; not together with accumulate
 };
-
-// Outputs above this size bypass the caches: a quarter of a common last-level cache, which the rows want too. Not asked
-// of the system, which in virtual machines reports that of the whole host.
-constexpr int64_t kStreamBytes = int64_t{8} << 20;
 
 using CombineKernel = void (*)(const CombineCall&);
 
@@ -50,68 +44,17 @@ CombineKernel combine_kernel(Scalar type, Scalar out) {
   return portable::kCombineKernels[int(type)][wider];
 }
 
-// The rows of one parameter that take part, and their weights. Scratch memory of one worker.
-struct Terms {
-  explicit Terms(int num_tasks) : rows(num_tasks), floats(num_tasks), doubles(num_tasks) {}
-
-  int select(const Parameter& parameter, const double* weights, int num_tasks) {
-    int n = 0;
-    for (int t = 0; t < num_tasks; ++t) {
-      if (parameter.rows[t] == nullptr || weights[t] == 0.0) continue;
-      rows[n] = parameter.rows[t];
-      floats[n] = static_cast<float>(weights[t]);
-      doubles[n++] = weights[t];
-    }
-    return n;
-  }
-
-  std::vector<const void*> rows;
-  std::vector<float> floats;
-  std::vector<double> doubles;
-};
-
 }  // namespace
 
 void combine_cpu(const Rows& rows, const double* weights, const Output* out, bool accumulate) {
-  int64_t columns = 0, bytes = 0;
-  std::vector<int64_t> order(rows.num_params);
-  for (int64_t p = 0; p < rows.num_params; ++p) {
-    order[p] = p;
-    columns += rows.params[p].size;
-    bytes += rows.params[p].size * element_size(out[p].type);
-  }
-  if (columns == 0) return;
-  const bool stream = !accumulate && bytes > kStreamBytes;
-
-  // About half a million elements a job, but four or more, and one where threads would cost more than they bring.
-  const int64_t work = columns * (rows.num_tasks + 1);
-  const int64_t jobs = work < kParallelWork ? 1 : std::clamp<int64_t>(work >> 19, 4, 1024);
-  const std::vector<Cut> cuts = partition(rows, order, jobs);
-  const int64_t num_workers = std::min<int64_t>(jobs, num_threads());
-  std::vector<Terms> workers(num_workers, Terms(rows.num_tasks));
-
-  // Last columns first: they are what a Gramian before this has left in the caches.
-  run_jobs(num_workers, jobs, [&](int64_t worker, int64_t index) {
-    const int64_t j = jobs - 1 - index;
-    const Cut begin = cuts[j], end = cuts[j + 1];
-    Terms& terms = workers[worker];
-    for (int64_t p = begin.index; p <= end.index && p < rows.num_params; ++p) {
-      const Parameter& parameter = rows.params[p];
-      CombineCall call;
-      call.begin = p == begin.index ? begin.column : 0;
-      call.end = p == end.index ? end.column : parameter.size;
-      if (call.begin >= call.end) continue;
-      call.num_rows = terms.select(parameter, weights + int64_t{parameter.group} * rows.num_tasks, rows.num_tasks);
-      if (call.num_rows == 0 && accumulate) continue;
-      call.rows = terms.rows.data();
-      call.weights =
-          parameter.type == Scalar::f64 ? static_cast<const void*>(terms.doubles.data()) : terms.floats.data();
-      call.out = out[p].data;
-      call.accumulate = accumulate;
-      call.stream = stream;
-      combine_kernel(parameter.type, out[p].type)(call);
-    }
-  });
+  for_each_run(
+      rows, weights, out, accumulate, [](int64_t) {},
+      [&](int64_t, const Run& run, const Terms& terms) {
+        if (terms.size == 0 && accumulate) return;
+        const Scalar type = rows.params[run.param].type;
+        combine_kernel(type, out[run.param].type)({terms.rows.data(), terms.weights_for(type), terms.size,
+                                                   out[run.param].data, run.begin, run.end, accumulate, run.stream});
+      });
 }
 
 }  // namespace fastmtl

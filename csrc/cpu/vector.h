@@ -32,6 +32,8 @@ using Vec = typename VectorOf<typename Arithmetic<E>::Type>::Type;
 template <class E>
 constexpr int kLanes = kVectorBytes / int(sizeof(typename Arithmetic<E>::Type));
 
+FASTMTL_INLINE VecF broadcast(float x) { return VecF{} + x; }
+FASTMTL_INLINE VecD broadcast(double x) { return VecD{} + x; }
 FASTMTL_INLINE VecU bits_of(VecF x) { return (VecU)x; }
 FASTMTL_INLINE VecF float_of(VecU x) { return (VecF)x; }
 
@@ -108,6 +110,16 @@ FASTMTL_INLINE void store_first(E* p, int64_t n, Vec<E> x) {
   E buffer[kLanes<E>];
   store(buffer, x);
   std::memcpy(p, buffer, n * sizeof(E));
+}
+
+// Short visits to each of many rows defeat the hardware's prefetcher: ask for what comes so far behind. Reaching beyond
+// the row's end does no harm.
+constexpr int kPrefetchBytes = 1024;
+template <int Bytes>
+FASTMTL_INLINE void prefetch_ahead(const void* p) {
+  const char* ahead = static_cast<const char*>(p) + kPrefetchBytes;
+#pragma GCC unroll 16
+  for (int line = 0; line < Bytes; line += 64) __builtin_prefetch(ahead + line);
 }
 
 // Stores past the caches, for p aligned to the stored bytes. To be followed by stream_end() in the same thread.

@@ -13,54 +13,13 @@
 #include "launch.h"
 #include "ptx.h"
 #include "table.h"
+#include "terms.h"
 
 namespace fastmtl {
 namespace {
 
 constexpr int kThreads = 256;
 constexpr Ranges kRanges = {2048, 256};
-
-template <class Element>
-struct Term {
-  const Element* row;
-  Sum<Element> weight;
-};
-
-// Warp 0 lists the rows that are there and whose weight is not 0 (NaN is not), in task order.
-template <class Element>
-__device__ __forceinline__ void list_terms(const Table& table, int p, const double* weights, Term<Element>* terms,
-                                           int* num_terms) {
-  if (threadIdx.x >= 32) return;
-  const int num_tasks = table.num_tasks, lane = threadIdx.x;
-  int count = 0;
-  for (int base = 0; base < num_tasks; base += 32) {
-    const int task = base + lane;
-    const Element* row = nullptr;
-    double weight = 0;
-    if (task < num_tasks) {
-      row = static_cast<const Element*>(table.rows[int64_t(p) * num_tasks + task]);
-      weight = weights[int64_t(table.params[p].group) * num_tasks + task];
-    }
-    const bool counts = row && weight != 0;
-    const unsigned ballot = __ballot_sync(~0u, counts);
-    if (counts) terms[count + __popc(ballot & ((1u << lane) - 1))] = {row, static_cast<Sum<Element>>(weight)};
-    count += __popc(ballot);
-  }
-  if (lane == 0) *num_terms = count;
-}
-
-// Adds kTerms rows' columns i.. to the sums; all loads are under way before the first is used.
-template <int kTerms, int N, class Element>
-__device__ __forceinline__ void add_terms(const Term<Element>* terms, int64_t i, Sum<Element> (&sums)[N]) {
-  Elements<Element, N> rows[kTerms];
-#pragma unroll
-  for (int k = 0; k < kTerms; ++k) rows[k] = Elements<Element, N>::load(in_global_memory(terms[k].row) + i);
-#pragma unroll
-  for (int k = 0; k < kTerms; ++k) {
-#pragma unroll
-    for (int n = 0; n < N; ++n) sums[n] += terms[k].weight * widen(rows[k].x[n]);
-  }
-}
 
 // Writes columns [begin, end) of out, N a thread and step. Returns the first column left over (fewer than N are).
 template <int N, class Element, class Out>
@@ -73,10 +32,11 @@ __device__ __forceinline__ int64_t add_rows(const Term<Element>* terms, int num_
 #pragma unroll
     for (int n = 0; n < N; ++n) sums[n] = widen(pack.x[n]);
     int k = 0;
-    for (; k + 8 <= num_terms; k += 8) add_terms<8>(terms + k, i, sums);
-    if (num_terms & 4) add_terms<4>(terms + k, i, sums), k += 4;
-    if (num_terms & 2) add_terms<2>(terms + k, i, sums), k += 2;
-    if (num_terms & 1) add_terms<1>(terms + k, i, sums);
+    const auto add = [&](int, int n, Sum<Element> x) { sums[n] += x; };
+    for (; k + 8 <= num_terms; k += 8) with_terms<8, N>(terms + k, i, add);
+    if (num_terms & 4) with_terms<4, N>(terms + k, i, add), k += 4;
+    if (num_terms & 2) with_terms<2, N>(terms + k, i, add), k += 2;
+    if (num_terms & 1) with_terms<1, N>(terms + k, i, add);
 #pragma unroll
     for (int n = 0; n < N; ++n) pack.x[n] = narrow<Out>(sums[n]);
     pack.store(out + i);
@@ -102,36 +62,20 @@ __global__ void __launch_bounds__(kThreads) combine_kernel(GRID_CONSTANT(Table) 
   });
 }
 
-// One launch per table of the parameters of the two types.
-template <class Element, class Out>
-cudaError_t combine_tables(const Rows& rows, Scalar type, const double* weights, const Output* out, Scalar out_type,
-                           bool accumulate, cudaStream_t stream) {
-  return for_each_table(rows, type, out, out_type, kRanges, true,
-                        [&](const Table& table, int64_t, int64_t num_ranges, int64_t units_per_range) {
-                          return launch(combine_kernel<Element, Out>, dim3(num_ranges), kThreads,
-                                        rows.num_tasks * sizeof(Term<Element>), stream, table, units_per_range, weights,
-                                        accumulate);
-                        });
-}
-
 }  // namespace
 
 cudaError_t combine_cuda(const Rows& rows, const double* weights, const Output* out, bool accumulate,
                          cudaStream_t stream) {
-  for (Scalar type : kScalars) {
-    const cudaError_t error = with_element(type, [&](auto element) {
-      using Element = decltype(element);
-      cudaError_t error = combine_tables<Element, Element>(rows, type, weights, out, type, accumulate, stream);
-      if constexpr (sizeof(Element) == 2) {
-        if (error == cudaSuccess) {
-          error = combine_tables<Element, float>(rows, type, weights, out, Scalar::f32, accumulate, stream);
-        }
-      }
-      return error;
-    });
-    if (error != cudaSuccess) return error;
-  }
-  return cudaSuccess;
+  return for_each_type([&](auto element, auto result, Scalar type, Scalar out_type) {
+    using Element = decltype(element);
+    using Out = decltype(result);
+    return for_each_table(rows, type, out, out_type, kRanges, true,
+                          [&](const Table& table, int64_t, int64_t num_ranges, int64_t units_per_range) {
+                            return launch(combine_kernel<Element, Out>, dim3(num_ranges), kThreads,
+                                          rows.num_tasks * sizeof(Term<Element>), stream, table, units_per_range,
+                                          weights, accumulate);
+                          });
+  });
 }
 
 }  // namespace fastmtl

@@ -21,6 +21,17 @@ cudaError_t gram_cuda(const Rows& rows, void* scratch, double* gramian, cudaStre
 cudaError_t combine_cuda(const Rows& rows, const double* weights, const Output* out, bool accumulate,
                          cudaStream_t stream);
 
+// As grad_drop_cpu. rng, leak: device memory.
+constexpr int kMaxTasksLeaky = 2000;
+cudaError_t grad_drop_cuda(const Rows& rows, const double* weights, const int64_t* rng, const double* leak,
+                           const Output* out, cudaStream_t stream);
+
+// As trimmed_mean_cpu.
+constexpr int kMaxTrimInRegisters = 4;  // for more at most kMaxTasksSorted tasks
+constexpr int kMaxTasksSorted = 512;
+cudaError_t trimmed_mean_cuda(const Rows& rows, const double* weights, int64_t trim, const Output* out,
+                              cudaStream_t stream);
+
 size_t min_norm_cuda_scratch(const Problems&);
 cudaError_t min_norm_cuda(const Problems&, const MinNorm&, void* scratch, cudaStream_t stream);
 size_t bounded_min_norm_cuda_scratch(const Problems&);

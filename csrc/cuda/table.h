@@ -24,9 +24,10 @@ struct Table {
   struct Entry {
     int64_t size;
     int64_t first_unit;
-    void* out;  // combine only
+    void* out;  // not for the Gramian
     int32_t group;
-    int32_t vector;  // every row (and out) is aligned to 16 bytes
+    uint32_t vector : 1;   // every row (and out) is aligned to 16 bytes
+    uint32_t number : 31;  // of the parameter, in the call
   };
   int32_t num_tasks;
   int32_t num_params;
@@ -99,7 +100,8 @@ cudaError_t for_each_table(const Rows& rows, Scalar type, const Output* out, Sca
         table.rows[n * rows.num_tasks + t] = param.rows[t];
         address_bits |= reinterpret_cast<uintptr_t>(param.rows[t]);
       }
-      table.params[n] = {param.size, unit, target, param.group, address_bits % 16 == 0};
+      const auto number = static_cast<uint32_t>(order[first_param + n]);
+      table.params[n] = {param.size, unit, target, param.group, address_bits % 16 == 0, number};
       unit += ceil_div(param.size, kUnit);
     }
     const int64_t num_ranges = ceil_div(unit, units_per_range);

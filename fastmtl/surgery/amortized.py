@@ -8,6 +8,7 @@ from torch import Tensor
 from fastmtl.checks import real, whole
 from fastmtl.rows import constant_mask
 from fastmtl.surgery.base import GradientMethod, Step
+from fastmtl.surgery.row_method import refuse_row_method
 
 
 class Amortized(GradientMethod):
@@ -31,7 +32,7 @@ class Amortized(GradientMethod):
 
     Raises:
         TypeError: ``method`` is not a gradient method (a loss weighting needs no T passes); an option of another type.
-        ValueError: An option out of range.
+        ValueError: An option out of range; a method that works on the per-task gradients themselves.
 
     Note:
         Whether to solve is decided on the host, so steps cannot be captured in a CUDA graph. It synchronises with the
@@ -70,6 +71,7 @@ class Amortized(GradientMethod):
         if not isinstance(method, GradientMethod) or isinstance(method, Amortized):
             hint = f"; construct it: {method.__name__}()" if isinstance(method, type) else ""
             raise TypeError(f"method: expected a gradient method such as fastmtl.PCGrad(), found {method!r}{hint}")
+        refuse_row_method(method, "method")
         self.method = method
         self.update_every = whole("update_every", update_every, 1)
         self.warmup_steps = whole("warmup_steps", warmup_steps, 0)

@@ -8,6 +8,7 @@ from torch import Tensor
 from fastmtl.checks import real
 from fastmtl.surgery.amortized import Amortized
 from fastmtl.surgery.base import GradientMethod, Step
+from fastmtl.surgery.row_method import refuse_row_method
 
 
 class CRMOGM(GradientMethod):
@@ -25,7 +26,7 @@ class CRMOGM(GradientMethod):
     Raises:
         TypeError: ``method`` is not a gradient method, or wraps weights itself (`Amortized` goes outside:
             ``Amortized(CRMOGM(...))``); ``alpha`` is not a number.
-        ValueError: ``alpha`` out of range, at the step if it was set later.
+        ValueError: ``alpha`` out of range, at the step if it was set later; a method on the gradients themselves.
 
     Note:
         Cost: the method's, and a few operations on T numbers per group. No synchronisation beyond the method's. State:
@@ -56,6 +57,7 @@ class CRMOGM(GradientMethod):
             raise TypeError(f"method: expected a gradient method such as fastmtl.MGDA(), found {method!r}{hint}")
         if isinstance(method, Amortized | CRMOGM):
             raise TypeError(f"method: {type(method).__name__} wraps weights itself, found {method!r}")
+        refuse_row_method(method, "method")
         self.method = method
         self.alpha = real("alpha", alpha, 0, 1)
         self.needs_losses, self.scale_heads = method.needs_losses, method.scale_heads

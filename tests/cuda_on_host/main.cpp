@@ -15,6 +15,8 @@ int main(int argc, char** argv) {
       {"gram_tables", gram_tables},
       {"gram_long", gram_long},
       {"combine", combine},
+      {"grad_drop", grad_drop},
+      {"trimmed_mean", trimmed_mean},
       {"min_norm", min_norm},
       {"bounded_min_norm", bounded_min_norm},
       {"dual_cone", dual_cone},

@@ -6,6 +6,8 @@ void gram_tensor_cores();
 void gram_tables();  // many parameters and groups, mixed types
 void gram_long();    // many terms per sum
 void combine();
+void grad_drop();
+void trimmed_mean();
 void min_norm();
 void bounded_min_norm();
 void dual_cone();
