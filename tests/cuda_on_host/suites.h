@@ -11,6 +11,7 @@ void bounded_min_norm();
 void dual_cone();
 void frank_wolfe();
 void simplex_lp();
+void cagrad();
 void fairgrad();
 void spectral();
 void pcgrad();
