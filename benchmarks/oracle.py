@@ -88,3 +88,16 @@ def config_weights(m: Tensor) -> Tensor:
     weights = equal_cosines_weights(m)
     products = m @ weights
     return weights * products.sum() / (weights @ products)
+
+
+def fairness_error(m: Tensor, weights: Tensor, alpha: float) -> float:
+    """The largest ``|(Mw)_t - w_t^(-1/alpha)|``, against the absolute terms that ``(Mw)_t`` is summed from."""
+    return float(((m @ weights - weights ** (-1 / alpha)).abs() / (m.abs() @ weights)).max())
+
+
+def conflict_averse_gap(m: Tensor, weights: Tensor, c: float) -> float:
+    """CAGrad's dual objective less the least gain, over the largest squared norm: how far either is from optimal."""
+    mean = torch.full_like(weights, 1 / len(m))
+    share = (weights - mean) / (weights - mean).sum()
+    dual = mean @ m @ share + c * (mean @ m @ mean).sqrt() * (share @ m @ share).sqrt()
+    return float((dual - (m @ weights).min()).abs() / m.diagonal().max())

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import importlib
+import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
 
 import torch
+from scipy import optimize
 from torch import Tensor
 
 torchjd: ModuleType | None = None
@@ -92,6 +94,20 @@ def lean_pair_loop(grads: list[Tensor]) -> Tensor:
                 g_i.sub_(grads[j], alpha=product / squares[j])
         total += g_i
     return total
+
+
+def slsqp_cagrad(gramian: Tensor, c: float) -> Tensor:
+    """CAGrad's weights by SciPy's SLSQP from equal weights, as its paper's code."""
+    m, num_tasks = gramian.numpy(), len(gramian)
+    mean = torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64).numpy()
+    linear, radius = m @ mean, c * math.sqrt(mean @ m @ mean)
+    found = optimize.minimize(
+        lambda w: w @ linear + radius * math.sqrt(w @ m @ w + 1e-8),
+        mean,
+        bounds=[(0, 1)] * num_tasks,
+        constraints={"type": "eq", "fun": lambda w: 1 - w.sum()},
+    ).x
+    return torch.from_numpy(mean + radius / (math.sqrt(found @ m @ found) + 1e-8) * found)
 
 
 def seeded_orders(num_tasks: int, others_only: bool = False) -> Tensor:

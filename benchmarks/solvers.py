@@ -6,7 +6,9 @@ error of PCGrad and GradVac (first step) is that of the weights, relative to the
 in fp64; that of min-norm is the duality gap over the smallest squared norm: 0 at the optimum; that of UPGrad and
 DualProj the error of the direction, relative to its norm.
 error is that of the weights, relative to their norm, with the same visiting orders for PCGrad and GradVac (first step);
-that of min-norm is the duality gap over the smallest squared norm: 0 at the optimum.
+that of min-norm is the duality gap over the smallest squared norm: 0 at the optimum. That of
+NashMTL and FairGrad is the largest error of an equation, against the terms it is summed from; that of CAGrad the
+duality gap over the largest squared norm.
 """
 
 from __future__ import annotations
@@ -18,13 +20,14 @@ import torch
 from torch import Tensor
 
 import fastmtl
-from benchmarks import oracle
+from benchmarks import oracle, peers
 from benchmarks.harness import Report, check, main
 from benchmarks.peers import seeded_orders, torchjd
 
 NUM_TASKS = (2, 8, 32, 64, 128)
 CONVERGED, ITERATIONS = (8, 64), 10_000  # where TorchJD's Frank-Wolfe is also run that long, which takes long
 BETA = 0.01  # of GradVac
+RADIUS = 0.4  # of CAGrad
 
 
 def random_gramian(num_tasks: int) -> Tensor:
@@ -42,6 +45,9 @@ def run(report: Report) -> None:
         _min_norm(report, gramian)
         _upgrad(report, gramian)
         _dualproj(report, gramian)
+        _fairgrad(report, gramian, 1.0, "NashMTL")
+        _fairgrad(report, gramian, 2.0, "FairGrad, alpha = 2")
+        _cagrad(report, gramian)
         _aligned_mtl(report, gramian)
         _imtl_g(report, gramian)
         _config(report, gramian)
@@ -134,6 +140,34 @@ def _dual_cone(report: Report, gramian: Tensor, method: fastmtl.GradientMethod, 
     for by in ("fastmtl", "fastmtl.ops"):
         check(by, errors[by], 1e-9)
     _report(report, name, gramian, providers, errors)
+
+
+def _fairgrad(report: Report, gramian: Tensor, alpha: float, name: str) -> None:
+    method, batch = fastmtl.FairGrad(alpha), gramian[None]
+    providers: dict[str, Callable[[], Any]] = {
+        "fastmtl": lambda: method(gramian),
+        "fastmtl.ops": lambda: fastmtl.ops.fairgrad(batch, alpha=alpha)[0][0],
+    }
+    if torchjd is not None:  # its NashMTL needs cvxpy and ECOS
+        weighting = torchjd.FairGradWeighting(alpha)
+        providers["TorchJD FairGrad"] = lambda: weighting(gramian)
+    errors = {by: oracle.fairness_error(gramian, f(), alpha) for by, f in providers.items()}
+    for by in ("fastmtl", "fastmtl.ops"):
+        check(by, errors[by], 1e-9)
+    _report(report, name, gramian, providers, errors)
+
+
+def _cagrad(report: Report, gramian: Tensor) -> None:
+    method, batch = fastmtl.CAGrad(RADIUS), gramian[None]
+    providers: dict[str, Callable[[], Any]] = {
+        "fastmtl": lambda: method(gramian),
+        "fastmtl.ops": lambda: fastmtl.ops.cagrad(batch, c=RADIUS)[0][0],
+        "SciPy SLSQP": lambda: peers.slsqp_cagrad(gramian, RADIUS),  # TorchJD's CAGrad needs cvxpy and CLARABEL
+    }
+    errors = {by: oracle.conflict_averse_gap(gramian, f(), RADIUS) for by, f in providers.items()}
+    for by in ("fastmtl", "fastmtl.ops"):
+        check(by, errors[by], 1e-9)
+    _report(report, "CAGrad", gramian, providers, errors)
 
 
 def _aligned_mtl(report: Report, gramian: Tensor) -> None:

@@ -356,7 +356,7 @@ def _conflict_averse(m: Floats, c: float) -> tuple[Floats, float]:
         return _nearest_point(m + shift + shift[:, None] + theta**2 * (mean @ inner))
 
     def norm(w: Floats) -> float:
-        return math.sqrt(max(w @ m @ w, 0))
+        return math.sqrt(max(float(w @ m @ w), 0))
 
     low, high = 0.0, 1.001 * math.sqrt(m.diagonal().max()) / kappa
     for _ in range(80):

@@ -27,7 +27,7 @@ RUNTIME = ("cuda_on_host.cpp", "check.cpp", "main.cpp", "test_gram.cpp", "test_c
 RUNTIME += ("test_elementwise.cpp", "test_solvers.cpp")
 # gram_long is about rounding alone and says most with few ranges: see test_few_ranges.
 SUITES = ("gram_registers", "gram_tensor_cores", "gram_tables", "combine", "grad_drop", "trimmed_mean")
-SUITES += ("min_norm", "bounded_min_norm", "dual_cone", "frank_wolfe", "simplex_lp", "fairgrad", "spectral")
+SUITES += ("min_norm", "bounded_min_norm", "dual_cone", "frank_wolfe", "simplex_lp", "cagrad", "fairgrad", "spectral")
 SUITES += ("pcgrad", "gradvac")
 WORKERS = min(2, os.cpu_count() or 1)
 HALF_FLAGS = ["HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS"]  # as torch compiles .cu

@@ -23,7 +23,10 @@ PAGES = {str(file.relative_to(ROOT)): blocks for file in FILES if (blocks := BLO
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_blocks_run(page: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_blocks_run(
+    page: str, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     namespace: dict = {"__name__": "page"}
     for package, block in PAGES[page]:
         if not package or importlib.util.find_spec(package):

@@ -22,6 +22,7 @@ int main(int argc, char** argv) {
       {"dual_cone", dual_cone},
       {"frank_wolfe", frank_wolfe},
       {"simplex_lp", simplex_lp},
+      {"cagrad", cagrad},
       {"fairgrad", fairgrad},
       {"spectral", spectral},
       {"pcgrad", pcgrad},

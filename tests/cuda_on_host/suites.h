@@ -13,6 +13,7 @@ void bounded_min_norm();
 void dual_cone();
 void frank_wolfe();
 void simplex_lp();
+void cagrad();
 void fairgrad();
 void spectral();
 void pcgrad();

@@ -9,6 +9,7 @@
 namespace {
 
 using fastmtl::BoundedMinNorm;
+using fastmtl::CAGrad;
 using fastmtl::DualCone;
 using fastmtl::FairGrad;
 using fastmtl::FrankWolfe;
@@ -417,6 +418,48 @@ void simplex_lp_case(const RandomProblems& data, bool bounded, bool extra) {
   }
 }
 
+// The direction is in the ball, and its least gain is as large as the paper's dual problem says that it may be.
+void cagrad_case(const RandomProblems& data, double c) {
+  ++check::num_cases;
+  const Problems& problems = data.problems;
+  const check::Exact<double> weights(problems.count * data.t), gap(problems.count);
+  const check::Exact<char> scratch(fastmtl::cagrad_cuda_scratch(problems));
+  const std::string name = "cagrad T=" + std::to_string(data.t) + " c " + std::to_string(c);
+  const CAGrad args = {c, weights.get(), gap.get()};
+  check::succeeded(name, fastmtl::cagrad_cuda(problems, args, scratch.get(), nullptr));
+  for (int64_t k = 0; k < problems.count; ++k) {
+    std::vector<double> mean(data.t), d(data.t), moved(data.t), w(data.t);
+    int num_present = 0;
+    for (int i = 0; i < data.t; ++i) num_present += data.present(k, i);
+    double sum = 0;
+    for (int i = 0; i < data.t; ++i) {
+      d[i] = weights[k * data.t + i];
+      if (!data.present(k, i)) check::within(name + " weight of an absent task", std::abs(d[i]), 0);
+      mean[i] = data.present(k, i) ? 1.0 / num_present : 0;
+      moved[i] = d[i] - mean[i];
+      sum += moved[i];
+    }
+    double squared = 0, radius = 0, dual = 0, length = 0, least = INFINITY, scale = 0;
+    for (int i = 0; i < data.t; ++i) {
+      if (!data.present(k, i)) continue;
+      w[i] = sum > 0 ? moved[i] / sum : 0;
+      squared += moved[i] * product(data, k, moved, i);
+      radius += mean[i] * product(data, k, mean, i);
+      least = std::min(least, product(data, k, d, i));
+      scale = std::max(scale, data.at(k, i, i));
+    }
+    for (int i = 0; i < data.t; ++i) {
+      if (!data.present(k, i)) continue;
+      dual += w[i] * product(data, k, mean, i);
+      length += w[i] * product(data, k, w, i);
+    }
+    dual += c * std::sqrt(radius * std::max(length, 0.0));
+    check::within(name + " outside of the ball", (squared - c * c * radius) / scale, 1e-9);
+    check::within(name + " gap", std::abs(dual - least) / scale, 1e-8);
+    check::within(name + " stated gap", gap[k] / scale, 1e-8);
+  }
+}
+
 // preference: of task i, i % 3 / 2, and so 0 for every third.
 void fairgrad_case(const RandomProblems& data, double alpha, bool weighted) {
   ++check::num_cases;
@@ -672,4 +715,24 @@ void simplex_lp() {
   const SimplexLp args = {zeros.get(), zeros.get(), zeros.get(), zeros.get(), weights.get(), gap.get()};
   check::succeeded("simplex_lp", fastmtl::simplex_lp_cuda(data.problems, args, scratch.get(), nullptr));
   check::within("simplex_lp: finite weights although M is not", count_finite(weights.get(), 7), 0);
+}
+
+void cagrad() {
+  for (int t = 1; t <= 40; ++t) cagrad_case(RandomProblems(2, t, 2 * t + 20, t % 2 == 0), 0.2 * (1 + t % 4));
+  cagrad_case(RandomProblems(1, 72, 200, true), 0.4);
+  cagrad_case(RandomProblems(2, 104, 250, false), 0.4);  // too large for shared memory
+
+  const RandomProblems data(2, 3, 20, false);
+  const double stationary[3][3] = {{1, -3, 0}, {-3, 9, 0}, {0, 0, 9}};  // 0 is in the hull
+  for (int i = 0; i < 3; ++i) {
+    for (int j = 0; j < 3; ++j) data.at(0, i, j) = stationary[i][j];
+  }
+  data.at(1, 2, 2) = NAN;
+  const check::Exact<double> weights(2 * 3), gap(2);
+  const check::Exact<char> scratch(fastmtl::cagrad_cuda_scratch(data.problems));
+  const CAGrad args = {1, weights.get(), gap.get()};
+  check::succeeded("cagrad", fastmtl::cagrad_cuda(data.problems, args, scratch.get(), nullptr));
+  check::within("cagrad: the mean freed of its conflict", std::abs(weights[0] - 3 * weights[1]), 1e-12);
+  check::within("cagrad: gap where no gain is possible", gap[0], 1e-12);
+  check::within("cagrad: finite weights although M is not", count_finite(weights.get() + 3, 3), 0);
 }
