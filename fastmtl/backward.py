@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Iterable, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fastmtl import ops
-from fastmtl.checks import whole
+from fastmtl.checks import choice, whole
 from fastmtl.distributed import Group, Ranks, ranks_of, several
 from fastmtl.engine import (
     Method,
@@ -37,6 +36,7 @@ from fastmtl.result import Result
 from fastmtl.rows import Rows, ThroughBackward, ThroughGrad, constant_mask
 from fastmtl.sharded import check_synchronised, is_sharded
 from fastmtl.sharded_exchange import SAME_TASKS, ShardedExchange, ranks_of_sharded
+from fastmtl.shared import discover, discover_over_ranks, keep_shared, known_shared, other_params
 from fastmtl.surgery.amortized import Amortized
 from fastmtl.surgery.base import GradientMethod
 from fastmtl.surgery.constant import Sum
@@ -147,8 +147,7 @@ def backward(
     """
     check_method(method)
     check_nonfinite(nonfinite, scaler)
-    if filler not in FILLERS:
-        raise ValueError(f"filler: expected one of {FILLERS}, found {filler!r}")
+    choice("filler", filler, FILLERS)
     if max_norm is not None and not max_norm > 0:
         raise ValueError(f"max_norm: expected a positive norm, found {max_norm}")
     ops.check_precision(precision)
@@ -160,276 +159,318 @@ def backward(
         raise ValueError(f"nonfinite={nonfinite!r}: Amortized looks at no gradients between its updates")
     if gramian_params is not None:
         refuse_row_method(method, "gramian_params")
-    grouped = groups not in (None, "all")
+
     parsed = parse_losses(losses, empty=several("auto"))
     leaves, kinds = find_leaves(parsed.present)
-    known = _known_shared(shared_params, model, len(parsed))
-    if known is None:
-        assert model is not None
-        candidates = resolve_params(model, model, "model")
-    else:
-        candidates = known
-    sharded = _is_sharded([*candidates.values(), *leaves], kinds)
+    known = known_shared(shared_params, model, len(parsed))
+    shared = resolve_params(model, model, "model") if known is None and model is not None else known
+    assert shared is not None
+    sharded = _are_sharded([*shared.values(), *leaves], kinds)
+    hidden = any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds)
     if sharded:
         if model is None:
             raise ValueError("model: needed with sharded parameters, whose graph hides which parameters the heads have")
         check_synchronised(model)
-        heads = _heads([], candidates, model)
-        ranks = ranks_of_sharded(process_group, [*candidates.values(), *heads])
+        heads = other_params([], shared, model)
+        ranks = ranks_of_sharded(process_group, [*shared.values(), *heads])
     else:
         ranks = ranks_of(process_group)
+        heads = other_params(leaves, shared, model if hidden or ranks is not None else None)
     if ranks is not None:
         refuse_row_method(method, "process_group")
-    if ranks is None and not parsed.present:
+    elif not parsed.present:
         parse_losses(losses)  # raises
-    hidden = any(kind.__name__ == "CheckpointFunctionBackward" for kind in kinds)
-    if not sharded:
-        heads = _heads(leaves, candidates, model if hidden or ranks is not None else None)
     knows_heads = gramian_params is not None or nonfinite != "propagate" or isinstance(method, Amortized)
     if hidden and model is None and (knows_heads or getattr(method, "scale_heads", False)):
         raise ValueError("model: needed here, since reentrant checkpointing hides which parameters the heads have")
-    if filler == "auto":
-        filler = "backward" if hidden or sharded else "grad"
-    elif filler == "grad" and sharded:
+    through = _through(filler, hidden, sharded, chunk_size)
+    if ranks is not None and through is ThroughBackward and _averages(model):
+        raise ValueError("model: filler='backward' would have DistributedDataParallel average; pass model.module")
+    scale = scale_of(scaler, parsed.device if parsed.present else next(iter(shared.values())).device)
+    by_id = {id(p): name for name, p in shared.items()}
+    gather = model if sharded else None
+    passes = Passes(parsed, kinds, through, scale, retain_graph, by_id, chunk_size, row_dtype, gather)
+    few = {} if gramian_params is None else resolve_params(gramian_params, model, "gramian_params")
+    step = _Step(method, model, shared, known is not None, heads, few, passes, groups, nonfinite, max_norm, precision)
+    if ranks is not None:
+        step.meet(ranks, scaler is not None, sharded)
+
+    if isinstance(method, LossWeighting):
+        return step.weigh_losses(method)
+    if few:
+        step.check_few()
+    whole_pass = step.known and not step.grouped and nonfinite == "propagate" and not (hidden and model is None)
+    once = whole_pass and _is_plain_sum(method)
+    again = not once and (len(passes.present) > 1 or bool(few) or isinstance(method, Amortized))
+    if again and not passes.prove([*step.shared.values(), *step.heads]) and nonfinite == "drop_task":
+        raise RuntimeError("compiled trunk: no finite gradient yet to prove that its backward pass can be repeated")
+    held = step.hold(method) if whole_pass else None
+    if held is not None:
+        return held
+    if few:
+        return step.on_gramian_params(method)
+    return step.alone(method) if step.exchange is None else step.over_ranks(method, step.exchange)
+
+
+@dataclass
+class _Step:
+    """One call of `backward`, checked: what the ways through it have in common.
+
+    Attributes:
+        method: See `backward`.
+        model: See `backward`.
+        shared: The shared parameters by name; where they are still to be found, all that may be.
+        known: Whether they are not to be found.
+        heads: The other parameters.
+        few: ``gramian_params``.
+        passes: The backward passes.
+        groups: See `backward`, as for the remaining ones.
+        nonfinite: See above.
+        max_norm: See above.
+        precision: See above.
+        exchange: The word with the other ranks, if there are any.
+    """
+
+    method: Method
+    model: nn.Module | None
+    shared: dict[str, Tensor]
+    known: bool
+    heads: list[Tensor]
+    few: dict[str, Tensor]
+    passes: Passes
+    groups: GroupsLike | None
+    nonfinite: str
+    max_norm: float | None
+    precision: str
+    exchange: Exchange | None = None
+
+    @property
+    def grouped(self) -> bool:
+        """Whether results have a dimension of groups."""
+        return self.groups not in (None, "all")
+
+    @property
+    def losses(self) -> Losses:
+        """Those of the whole batch."""
+        if self.exchange is None or self.exchange.losses is None:
+            return self.passes.losses
+        return self.exchange.losses
+
+    @property
+    def params(self) -> list[Tensor]:
+        """All parameters, the shared ones first."""
+        return [*self.shared.values(), *self.heads]
+
+    def during(self, num_tasks: int, num_params: int, collected: Any = None) -> Any:
+        """The context of backward passes: other ranks learn of an error within."""
+        if self.exchange is None:
+            return nullcontext()
+        return self.exchange.passes(num_tasks, num_params, *(() if collected is None else (collected,)))
+
+    def result(self, weights: Tensor | None, gramian: Tensor | None) -> Result:
+        """From ``weights [K, T]`` and ``gramian [K, T, T]``."""
+        return Result.of(tuple(p.grad for p in self.shared.values()), weights, gramian, self.grouped)
+
+    def meet(self, ranks: Ranks, scaled: bool, sharded: bool) -> None:
+        """The handshake with the other ranks, and the shared parameters, if they are still to be found.
+
+        Args:
+            ranks: All.
+            scaled: There is a scaler.
+            sharded: Some parameters are.
+        """
+        losses, model = self.passes.losses, self.model
+        there = [x is not None for x in losses.items]
+        present = [name for name, here in zip(losses.names, there, strict=True) if here]
+        options: dict[str, Any] = {
+            "nonfinite": self.nonfinite,
+            "max_norm": self.max_norm,
+            "precision": self.precision,
+            "row_dtype": self.passes.row_dtype,
+            "scaler": scaled,
+            "groups": self.groups if isinstance(self.groups, str | None) else len(self.groups),
+        }
+        if self.known and self.grouped:
+            options["group of each parameter"] = resolve_groups(self.groups, self.shared, model)[0]
+        call = {
+            "call": ["fastmtl.backward"],
+            "options": [f"{name}={value}" for name, value in options.items()],
+            "shared_params": describe_params(self.shared) if self.known else ["still to be found"],
+            "other parameters": [describe_param(p) for p in self.heads],
+            "gramian_params": describe_params(self.few),
+        }
+        mine = set() if model is None else {id(p) for p in model.parameters()}
+        if sharded:
+            call[SAME_TASKS] = present
+        elif not mine.issuperset(map(id, self.heads)):  # their order tells which they are only with the same tasks
+            call["tasks with a loss (model= allows that)"] = present
+        device = next(iter(self.shared.values())).device
+        others = self.method, losses, there, losses.names, device, call, has_static_graph(losses.present, model)
+        if sharded:
+            self.exchange = ShardedExchange([*self.params, *self.few.values()], ranks, *others)
+        else:
+            self.exchange = Exchange(ranks, *others)
+        if not self.known and isinstance(self.method, GradientMethod):
+            assert model is not None
+            found, private = discover_over_ranks(self.exchange, self.passes, self.shared, self.heads)
+            keep_shared(model, self.shared, found, self.exchange.present)
+            self.shared, self.heads, self.known = found, [*private, *self.heads], True
+
+    def weigh_losses(self, method: LossWeighting) -> Result:
+        """One pass for everything, the heads weighted too, as by ``method(losses).backward()``."""
+        gramian_params = self.few or None
+        refuse_options(method, nonfinite=self.nonfinite, max_norm=self.max_norm, gramian_params=gramian_params)
+        num_groups = resolve_groups(self.groups, self.shared, self.model)[1]
+        losses = self.passes.losses if self.exchange is None else self.exchange.losses
+        with weighed_losses(method, losses, self.passes.scale, alone=True) as weights:
+            with self.during(1, len(self.params)):
+                grads = self.passes.weighted(self.params, weights)
+            if self.exchange is not None:
+                grads = self.exchange.average(self.params, grads)
+            accumulate((self.params, Rows.by_task([grads]), None))
+        return self.result(weights.expand(num_groups, -1), None)
+
+    def hold(self, method: GradientMethod) -> Result | None:
+        """One pass with weights that the method has without a Gramian; None: it has none."""
+        with restored_on_error(method):
+            there = [x is not None for x in self.passes.losses.items]
+            there = there if self.exchange is None else self.exchange.present
+            weights = method.ready(constant_mask([there], next(iter(self.shared.values())).device))
+            if weights is None:
+                return None
+            names = self.passes.losses.names
+            if method.positional:
+                method.remember(names)
+            self._one_pass(method, self.passes, weights, self.max_norm)
+            tell(method, names, weights, losses=self.losses)
+            return self.result(weights, None)
+
+    def check_few(self) -> None:
+        """Refuse what ``gramian_params`` cannot do.
+
+        Raises:
+            ValueError: See above.
+        """
+        if self.grouped:
+            raise ValueError("gramian_params: knows one group of parameters only; drop groups=")
+        check_one_device(self.few, "gramian_params")
+        if not self.known and not self.method.scale_heads:  # type: ignore[union-attr]
+            raise ValueError("gramian_params: pass shared_params= too; it is not known yet which parameters are heads")
+
+    def on_gramian_params(self, method: GradientMethod) -> Result:
+        """The Gramian on few parameters, then one weighted pass; a second, short one where heads stay unweighted."""
+        passes, few = self.passes, [*self.few.values()]
+        others = [p for p in self.params if all(p is not q for q in few)]
+        aside = [] if passes.through is ThroughGrad else others
+        losses: Losses | None = passes.losses
+        with restored_on_error(method):
+            if self.exchange is None:
+                tasks = passes.per_task([*few, *aside], stored=len(few), then_more=True)
+                rows = Rows.by_task(_columns(tasks, range(len(few))))
+                del tasks
+                _refuse_unreached(rows, "gramian_params")
+                gramian = unscaled(ops.gram(rows, precision=self.precision), passes.scale)
+                mask = task_mask(rows, losses)
+                del rows  # the pass below needs memory
+            else:
+                losses = self.exchange.losses
+                shards = self.exchange.collect(few, row_dtype=passes.row_dtype, argument="gramian_params")
+                with self.during(len(self.exchange.present), len(few), shards):
+                    replace(passes, row_dtype=None).per_task([*few, *aside], then_more=True, take=shards.add)
+                gramian, mask = shards.gramian(self.precision, passes.scale)
+                del shards
+            decision = decide(method, gramian, mask, losses, passes.losses.names, self.nonfinite, self.max_norm)
+            if decision.kept is not None:  # the pass below would multiply their gradients by 0, and 0 * inf is NaN
+                passes = passes.without(decision.kept)
+            if not decision.skip and (passes.losses.present or self.exchange is not None):
+                self._one_pass(method, passes, decision.weights)
+            return self.result(decision.weights, gramian)
+
+    def over_ranks(self, method: GradientMethod, exchange: Exchange) -> Result:
+        """Each rank keeps a shard of all tasks' averaged gradients."""
+        check_one_device(self.shared, "shared_params")
+        indices, num_groups = resolve_groups(self.groups, self.shared, self.model)
+        shards = exchange.collect([*self.shared.values()], indices, num_groups, self.passes.row_dtype)
+        with self.during(len(exchange.present), len(self.shared), shards):
+            tasks = replace(self.passes, row_dtype=None).per_task(self.params, take=shards.add)
+        columns = _columns(tasks, range(len(self.shared), len(self.params)))
+        options = self.passes.scale, self.nonfinite, self.max_norm, self.precision
+        return self.result(*finish(shards, self.heads, columns, method, *options))
+
+    def alone(self, method: GradientMethod) -> Result:
+        """All tasks' gradients, in one process."""
+        passes, params, losses = self.passes, self.params, self.passes.losses
+        tasks = passes.per_task(params, stored=len(self.shared) if self.known else 0)
+        if not self.known:
+            assert self.model is not None
+            candidates, names = self.shared, [*self.shared]
+            chosen = discover(candidates, tasks)
+            self.shared = {names[i]: params[i] for i in chosen}
+        else:
+            chosen = list(range(len(self.shared)))
+        rest = sorted(set(range(len(params))) - set(chosen))
+        self.heads = [params[i] for i in rest]
+        check_one_device(self.shared, "shared_params")
+        indices, num_groups = resolve_groups(self.groups, self.shared, self.model)
+        rows = Rows.by_task(_columns(tasks, chosen), indices, num_groups)
+        _refuse_unreached(rows, "shared_params")
+        policy = passes.scale, self.nonfinite, self.max_norm, self.precision, passes.row_dtype is not None
+        with restored_on_error(method):
+            outcome = operate(method, rows, task_mask(rows, losses), losses, losses.names, *policy)
+            outcome.fill([*self.shared.values()], self.heads, Rows.by_task(_columns(tasks, rest)))
+        if not self.known and self.model is not None:
+            keep_shared(self.model, candidates, self.shared, [task is not None for task in tasks])
+        return self.result(outcome.weights, outcome.gramian)
+
+    def _one_pass(self, method: GradientMethod, passes: Passes, weights: Tensor, max_norm: float | None = None) -> None:
+        """One pass with known ``weights [1, T]``; before it a short one where heads stay unweighted."""
+        shared, heads, exchange = [*self.shared.values()], self.heads, self.exchange
+        with self.during(1, len(self.params)):
+            if not heads or method.scale_heads or _is_plain_sum(method):
+                grads, plain = passes.weighted(self.params, weights[0]), []
+            else:
+                plain = passes.weighted(heads, None, then_more=True, aside=shared)
+                grads = passes.weighted(shared, weights[0], aside=heads)
+        if exchange is not None:
+            grads, plain = exchange.average(self.params, [*grads, *plain]), []
+        rows, rest = Rows.by_task([grads[: len(shared)]]), Rows.by_task([[*grads[len(shared) :], *plain]])
+        _refuse_unreached(rows, "shared_params")
+        factor = None
+        if max_norm is not None:
+            square = unscaled(ops.gram(rows) if exchange is None else exchange.gram(shared, rows), passes.scale)
+            factor = clip(torch.ones_like(square[0]), square, max_norm)
+        accumulate((shared, rows, factor), (heads, rest, None))
+
+
+def _through(
+    filler: str, hidden: bool, sharded: bool, chunk_size: int | None
+) -> type[ThroughGrad] | type[ThroughBackward]:
+    """How gradients are taken.
+
+    Raises:
+        ValueError: Not that way, or not in chunks.
+    """
+    if filler == "grad" and sharded:
         raise ValueError("filler='grad': finds no gradients of sharded parameters (FSDP2, DTensor); leave it to 'auto'")
-    if chunk_size is not None and filler == "backward":
+    if filler == "grad" or (filler == "auto" and not (hidden or sharded)):
+        return ThroughGrad
+    if chunk_size is not None:
         raise ValueError(
             f"chunk_size={chunk_size}: needs filler='grad', which reentrant checkpointing and sharded parameters "
             "(FSDP2, DTensor) do not allow; use chunk_size=None"
         )
-    through = ThroughGrad if filler == "grad" else ThroughBackward
-    scale = scale_of(scaler, parsed.device if parsed.present else next(iter(candidates.values())).device)
-    by_id = {id(p): name for name, p in candidates.items()}
-    gather = model if sharded else None
-    passes = Passes(parsed, kinds, through, scale, retain_graph, by_id, chunk_size, row_dtype, gather)
-
-    exchange: Exchange | None = None
-    if ranks is not None:
-        if through is ThroughBackward and _averages(model):
-            raise ValueError("model: filler='backward' would have DistributedDataParallel average; pass model.module")
-        options: dict[str, Any] = {
-            "nonfinite": nonfinite,
-            "max_norm": max_norm,
-            "precision": precision,
-            "row_dtype": row_dtype,
-        }
-        options |= {"scaler": scaler is not None, "gramian_params": gramian_params is not None}
-        options["groups"] = groups if isinstance(groups, str | None) else len(groups)
-        if known is not None and grouped:
-            options["group of each parameter"] = resolve_groups(groups, candidates, model)[0]
-        few = {} if gramian_params is None else resolve_params(gramian_params, model, "gramian_params")
-        exchange = _meet(ranks, parsed, method, candidates, known is None, heads, few, model, options, sharded)
-        if known is None and isinstance(method, GradientMethod):
-            assert model is not None
-            known, private = _discover_over_ranks(exchange, passes, candidates, heads)
-            _keep_shared(model, candidates, known, exchange.present)
-            candidates, heads = known, [*private, *heads]
-
-    if isinstance(method, LossWeighting):
-        refuse_options(method, nonfinite=nonfinite, max_norm=max_norm, gramian_params=gramian_params)
-        num_groups = resolve_groups(groups, candidates, model)[1]
-        weights = _weigh_losses(passes, method, [*candidates.values(), *heads], exchange)
-        return Result.of(_grads(candidates.values()), weights.expand(num_groups, -1), None, grouped)
-    lean: list[Tensor] | None = None
-    if gramian_params is not None:
-        if grouped:
-            raise ValueError("gramian_params: knows one group of parameters only; drop groups=")
-        few = resolve_params(gramian_params, model, "gramian_params")
-        check_one_device(few, "gramian_params")
-        lean = [*few.values()]
-        if known is None and not method.scale_heads:
-            raise ValueError("gramian_params: pass shared_params= too; it is not known yet which parameters are heads")
-    may_hold = known is not None and not grouped and nonfinite == "propagate" and not (hidden and model is None)
-    once = may_hold and _is_plain_sum(method)
-    again = not once and (len(passes.present) > 1 or lean is not None or isinstance(method, Amortized))
-    if again and not passes.prove([*candidates.values(), *heads]) and nonfinite == "drop_task":
-        raise RuntimeError("compiled trunk: no finite gradient yet to prove that its backward pass can be repeated")
-    if may_hold:
-        with restored_on_error(method):
-            there = [x is not None for x in parsed.items] if exchange is None else exchange.present
-            held = method.ready(constant_mask([there], next(iter(candidates.values())).device))
-            if held is not None:
-                if method.positional:
-                    method.remember(parsed.names)
-                _one_pass(passes, method, [*candidates.values()], heads, held, max_norm, exchange)
-                tell(method, parsed.names, held, losses=parsed if exchange is None else exchange.losses)
-                return Result.of(_grads(candidates.values()), held, None, grouped=False)
-    if lean is not None:
-        with restored_on_error(method):
-            return _on_gramian_params(
-                passes, method, [*candidates.values()], heads, lean, precision, nonfinite, max_norm, exchange
-            )
-
-    params = [*candidates.values(), *heads]
-    if exchange is not None:
-        check_one_device(candidates, "shared_params")
-        indices, num_groups = resolve_groups(groups, candidates, model)
-        shards = exchange.collect([*candidates.values()], indices, num_groups, row_dtype)
-        with exchange.passes(len(exchange.present), len(candidates), shards):
-            tasks = replace(passes, row_dtype=None).per_task(params, take=shards.add)
-        columns = _columns(tasks, range(len(candidates), len(params)))
-        weights, gramian = finish(shards, heads, columns, method, scale, nonfinite, max_norm, precision)
-        return Result.of(_grads(candidates.values()), weights, gramian, grouped)
-    tasks = passes.per_task(params, stored=0 if known is None else len(candidates))
-    shared = list(range(len(candidates))) if known is not None else _discover(candidates, tasks)
-    names = [*candidates]
-    found = {names[i]: params[i] for i in shared}
-    check_one_device(found, "shared_params")
-    indices, num_groups = resolve_groups(groups, found, model)
-    rows = Rows.by_task(_columns(tasks, shared), indices, num_groups)
-    _refuse_unreached(rows, "shared_params")
-    mask = task_mask(rows, parsed)
-    rest = sorted(set(range(len(params))) - set(shared))
-    widen = row_dtype is not None
-    with restored_on_error(method):
-        outcome = operate(method, rows, mask, parsed, parsed.names, passes.scale, nonfinite, max_norm, precision, widen)
-        outcome.fill([params[i] for i in shared], [params[i] for i in rest], Rows.by_task(_columns(tasks, rest)))
-    if known is None and model is not None:
-        _keep_shared(model, candidates, found, [task is not None for task in tasks])
-    return Result.of(_grads(params[i] for i in shared), outcome.weights, outcome.gramian, grouped)
+    return ThroughBackward
 
 
-def _meet(
-    ranks: Ranks,
-    losses: Losses,
-    method: Method,
-    shared: dict[str, Tensor],
-    unknown: bool,
-    heads: Sequence[Tensor],
-    few: dict[str, Tensor],
-    model: nn.Module | None,
-    options: dict[str, Any],
-    sharded: bool,
-) -> Exchange:
-    """The handshake of a step.
-
-    Args:
-        ranks: All.
-        losses: This rank's.
-        method: See `backward`.
-        shared: The shared parameters, or where they are still to be found.
-        unknown: The latter.
-        heads: The other parameters.
-        few: ``gramian_params``.
-        model: See `backward`.
-        options: What of the call must be the same on all ranks.
-        sharded: Some parameters are.
-    """
-    there = [x is not None for x in losses.items]
-    present = [name for name, here in zip(losses.names, there, strict=True) if here]
-    call = {
-        "call": ["fastmtl.backward"],
-        "options": [f"{name}={value}" for name, value in options.items()],
-        "shared_params": ["still to be found"] if unknown else describe_params(shared),
-        "other parameters": [describe_param(p) for p in heads],
-        "gramian_params": describe_params(few),
-    }
-    mine = set() if model is None else {id(p) for p in model.parameters()}
-    if sharded:
-        call[SAME_TASKS] = present
-    elif not mine.issuperset(map(id, heads)):  # their order tells which they are while all ranks have the same tasks
-        call["tasks with a loss (model= allows that)"] = present
-    device = next(iter(shared.values())).device
-    others = method, losses, there, losses.names, device, call, has_static_graph(losses.present, model)
-    if sharded:
-        return ShardedExchange([*shared.values(), *heads, *few.values()], ranks, *others)
-    return Exchange(ranks, *others)
-
-
-def _is_sharded(params: Iterable[Tensor], kinds: set[type]) -> bool:
+def _are_sharded(params: Iterable[Tensor], kinds: set[type]) -> bool:
     """Whether some are: of the parameters given, or behind FSDP2's hooks in a graph with nodes of these types."""
     return any(kind.__name__ == "RegisterPostBackwardFunctionBackward" for kind in kinds) or any(
         map(is_sharded, params)
     )
 
 
-def _heads(leaves: Sequence[Tensor], shared: dict[str, Tensor], model: nn.Module | None) -> list[Tensor]:
-    """The parameters that are not shared: a model's, in its order, and those that are leaves of the graph."""
-    known = () if model is None else resolve_params(model, model, "model").values()
-    heads = {id(p): p for p in (*known, *leaves)}
-    for p in shared.values():
-        heads.pop(id(p), None)
-    return [*heads.values()]
-
-
 def _averages(model: nn.Module | None) -> bool:
     return isinstance(model, nn.parallel.DistributedDataParallel) and bool(model.require_backward_grad_sync)
-
-
-def _weigh_losses(passes: Passes, method: LossWeighting, params: Sequence[Tensor], exchange: Exchange | None) -> Tensor:
-    """One pass for everything, the heads weighted too, as by ``method(losses).backward()``; returns ``weights [T]``."""
-    losses = passes.losses if exchange is None else exchange.losses
-    with weighed_losses(method, losses, passes.scale, alone=True) as weights:
-        with nullcontext() if exchange is None else exchange.passes(1, len(params)):
-            grads = passes.weighted(params, weights)
-        if exchange is not None:
-            grads = exchange.average(params, grads)
-        accumulate((params, Rows.by_task([grads]), None))
-    return weights
-
-
-def _on_gramian_params(
-    passes: Passes,
-    method: GradientMethod,
-    shared: Sequence[Tensor],
-    heads: Sequence[Tensor],
-    lean: Sequence[Tensor],
-    precision: str,
-    nonfinite: str,
-    max_norm: float | None,
-    exchange: Exchange | None,
-) -> Result:
-    """The Gramian on ``lean`` only, then one weighted pass; a second, short one where heads stay unweighted."""
-    aside = [] if passes.through is ThroughGrad else [p for p in [*shared, *heads] if all(p is not q for q in lean)]
-    losses: Losses | None = passes.losses
-    if exchange is None:
-        tasks = passes.per_task([*lean, *aside], stored=len(lean), then_more=True)
-        rows = Rows.by_task(_columns(tasks, range(len(lean))))
-        del tasks
-        _refuse_unreached(rows, "gramian_params")
-        gramian = unscaled(ops.gram(rows, precision=precision), passes.scale)
-        mask = task_mask(rows, losses)
-        del rows  # the pass below needs memory
-    else:
-        losses = exchange.losses
-        shards = exchange.collect(lean, row_dtype=passes.row_dtype, argument="gramian_params")
-        with exchange.passes(len(exchange.present), len(lean), shards):
-            replace(passes, row_dtype=None).per_task([*lean, *aside], then_more=True, take=shards.add)
-        gramian, mask = shards.gramian(precision, passes.scale)
-        del shards
-    decision = decide(method, gramian, mask, losses, passes.losses.names, nonfinite, max_norm)
-    if decision.kept is not None:  # the pass below would multiply their gradients by 0, and 0 * inf is NaN
-        passes = passes.without(decision.kept)
-    if not decision.skip and (passes.losses.present or exchange is not None):
-        _one_pass(passes, method, shared, heads, decision.weights, exchange=exchange)
-    return Result.of(_grads(shared), decision.weights, gramian, grouped=False)
-
-
-def _one_pass(
-    passes: Passes,
-    method: GradientMethod,
-    shared: Sequence[Tensor],
-    heads: Sequence[Tensor],
-    weights: Tensor,
-    max_norm: float | None = None,
-    exchange: Exchange | None = None,
-) -> None:
-    """One pass with known ``weights [1, T]``; before it a short one where heads stay unweighted."""
-    with nullcontext() if exchange is None else exchange.passes(1, len(shared) + len(heads)):
-        if not heads or method.scale_heads or _is_plain_sum(method):
-            grads, plain = passes.weighted([*shared, *heads], weights[0]), []
-        else:
-            plain = passes.weighted(heads, None, then_more=True, aside=shared)
-            grads = passes.weighted(shared, weights[0], aside=heads)
-    if exchange is not None:
-        grads, plain = exchange.average([*shared, *heads], [*grads, *plain]), []
-    rows, rest = Rows.by_task([grads[: len(shared)]]), Rows.by_task([[*grads[len(shared) :], *plain]])
-    _refuse_unreached(rows, "shared_params")
-    factor = None
-    if max_norm is not None:
-        square = unscaled(ops.gram(rows) if exchange is None else exchange.gram(shared, rows), passes.scale)
-        factor = clip(torch.ones_like(square[0]), square, max_norm)
-    accumulate((shared, rows, factor), (heads, rest, None))
 
 
 def _is_plain_sum(method: GradientMethod) -> bool:
@@ -449,77 +490,3 @@ def _columns(
     tasks: Sequence[Sequence[Tensor | None] | None], params: Sequence[int] | range
 ) -> list[list[Tensor | None] | None]:
     return [None if task is None else [task[p] for p in params] for task in tasks]
-
-
-def _grads(params: Iterable[Tensor]) -> tuple[Tensor | None, ...]:
-    return tuple(p.grad for p in params)
-
-
-# Per model, from a step with all tasks present: T and the names of the trainable parameters, and the names of those
-# that at least two tasks reached.
-_shared_of: weakref.WeakKeyDictionary[nn.Module, tuple[tuple[int | str, ...], list[str]]] = weakref.WeakKeyDictionary()
-
-
-def _keep_shared(
-    model: nn.Module, candidates: dict[str, Tensor], shared: Iterable[str], present: Sequence[bool]
-) -> None:
-    if all(present):
-        _shared_of[model] = (len(present), *candidates), [*shared]
-
-
-def _known_shared(
-    shared_params: ParamsLike | None, model: nn.Module | None, num_tasks: int
-) -> dict[str, Tensor] | None:
-    """The shared parameters by name, or None if they are still to be found."""
-    if shared_params is not None:
-        return resolve_params(shared_params, model, "shared_params")
-    if model is None:
-        raise ValueError(
-            "shared_params: missing; pass the shared trunk, or model= to have found what several tasks reach"
-        )
-    if model not in _shared_of:
-        return None
-    trainable = resolve_params(model, model, "model")
-    key, shared = _shared_of[model]
-    if key != (num_tasks, *trainable):  # other tasks, or (un)frozen since
-        return None
-    return {name: trainable[name] for name in shared}
-
-
-def _discover(candidates: dict[str, Tensor], tasks: Sequence[Sequence[Tensor | None] | None]) -> list[int]:
-    """Indices of the candidates with rows from at least two tasks."""
-    present = [task for task in tasks if task is not None]
-    if len(present) < 2:
-        raise ValueError(
-            "model: finding the shared parameters takes a step with two tasks present; pass shared_params="
-        )
-    shared = [p for p in range(len(candidates)) if sum(task[p] is not None for task in present) >= 2]
-    if not shared:
-        raise ValueError(
-            "model: no parameter is reached by two tasks, so there is nothing to share; pass shared_params="
-        )
-    return shared
-
-
-def _discover_over_ranks(
-    exchange: Exchange, passes: Passes, candidates: dict[str, Tensor], heads: Sequence[Tensor]
-) -> tuple[dict[str, Tensor], list[Tensor]]:
-    """The shared ones of the candidates, and the others, by passes that look at what has a gradient on any rank.
-
-    The graph would not do: `DistributedDataParallel` makes all of the model's outputs depend on each other.
-    """
-    names, params = [*candidates], [*candidates.values()]
-    marks = [[0] * len(params) for _ in exchange.present]
-
-    def take(task: int, row: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-        marks[task] = [int(g is not None) for g in row[: len(params)]]
-        return ()
-
-    with exchange.passes(len(marks), len(params)):
-        passes.per_task([*params, *heads], then_more=True, take=take)
-    tasks = [
-        [p if mark else None for p, mark in zip(params, row, strict=True)] if there else None
-        for there, row in zip(exchange.present, exchange.most(marks), strict=True)
-    ]
-    shared = _discover(candidates, tasks)
-    return {names[i]: params[i] for i in shared}, [p for i, p in enumerate(params) if i not in set(shared)]
