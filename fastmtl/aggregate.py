@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.engine import Method, check_method, operate, restored_on_error, task_mask, weighed_losses
+from fastmtl.engine import Method, check_method, restored_on_error, task_mask, weighed_losses
 from fastmtl.losses import LossesLike, numbered, parse_losses
+from fastmtl.operate import operate
 from fastmtl.result import Result
 from fastmtl.rows import Gradients, as_rows
 from fastmtl.weighting.base import LossWeighting

@@ -11,16 +11,15 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import ops
+from fastmtl.accumulate import accumulate
 from fastmtl.checks import choice, whole
 from fastmtl.distributed import Group, Ranks, ranks_of, several
 from fastmtl.engine import (
     Method,
-    accumulate,
     check_method,
     check_nonfinite,
     clip,
     decide,
-    operate,
     refuse_options,
     restored_on_error,
     scale_of,
@@ -30,6 +29,7 @@ from fastmtl.engine import (
 )
 from fastmtl.exchange import Exchange, describe_param, describe_params, finish, has_static_graph
 from fastmtl.losses import Losses, LossesLike, parse_losses
+from fastmtl.operate import operate
 from fastmtl.parameters import GroupsLike, ParamsLike, check_one_device, find_leaves, resolve_groups, resolve_params
 from fastmtl.passes import Passes
 from fastmtl.result import Result

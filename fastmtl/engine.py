@@ -1,22 +1,19 @@
-"""From rows to ``.grad``: what the ways in have in common."""
+"""What the ways in have in common: checks, the decision how tasks count, policies, state put back on errors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastmtl import ops, sparse
 from fastmtl.losses import Losses
 from fastmtl.rows import Rows, constant_mask
-from fastmtl.sharded import shards_written
 from fastmtl.surgery.base import GradientMethod, Step
-from fastmtl.surgery.row_method import ElementwiseMethod, RawRows, TrackingMethod, separate
+from fastmtl.surgery.row_method import TrackingMethod
 from fastmtl.watch import tell
 from fastmtl.weighting.base import LossWeighting
 
@@ -155,7 +152,7 @@ def decide(
     values = None
     if losses is not None and (method.needs_losses or nonfinite != "propagate"):
         values = losses.values().to(gramian.device)
-    step, kept = _under_policy(Step(gramian, mask, values), nonfinite, names)
+    step, kept = under_policy(Step(gramian, mask, values), nonfinite, names)
     if step is None:
         return Decision(torch.zeros_like(gramian[..., 0]), skip=True)
     weights = method.weigh(step)
@@ -164,7 +161,7 @@ def decide(
     return Decision(weights if max_norm is None else clip(weights, gramian, max_norm), solved, kept)
 
 
-def _under_policy(step: Step, nonfinite: str, names: Sequence[str]) -> tuple[Step | None, Tensor | None]:
+def under_policy(step: Step, nonfinite: str, names: Sequence[str]) -> tuple[Step | None, Tensor | None]:
     """The step that the policy for values that are not finite leaves, None: skip it; and which tasks it kept.
 
     Raises:
@@ -179,172 +176,6 @@ def _under_policy(step: Step, nonfinite: str, names: Sequence[str]) -> tuple[Ste
         bad = ", ".join(name for name, fine in zip(names, ok, strict=True) if not fine)
         raise FloatingPointError(f"gradient or loss not finite: {bad}")
     return step, None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What surgery on the rows of one step comes to, before anything is written.
-
-    Attributes:
-        weights: ``[K, T]`` float64; None: an elementwise method.
-        gramian: ``[K, T, T]`` float64, of what was weighed; None: an elementwise method that needed none.
-        heads: The weights ``[1, T]`` of the gradients of parameters that are not shared; None: all count 1.
-        skip: ``nonfinite="skip"`` applies: write nothing.
-        rows: What is to be combined, by ``factors [K, T]``. An elementwise method's outcome is rows of one task, which
-            nothing else has; factors None: 1.
-    """
-
-    weights: Tensor | None
-    gramian: Tensor | None
-    heads: Tensor | None
-    skip: bool
-    rows: Rows
-    factors: Tensor | None
-    _move: Callable[[], None] = lambda: None
-
-    def fill(self, shared: Sequence[Tensor], heads: Sequence[Tensor] = (), rest: Rows | None = None) -> None:
-        """Add to ``.grad``; then move the state that was held back until here.
-
-        Args:
-            shared: The parameters of the rows.
-            heads: The parameters that are not shared.
-            rest: Their rows.
-
-        Raises:
-            TypeError: As `accumulate`.
-        """
-        if self.skip:
-            return
-        jobs = [] if rest is None else [(heads, rest, self.heads)]
-        if self.factors is None:
-            accumulate(*jobs, own=(shared, self.combined()))
-        else:
-            accumulate((shared, self.rows, self.factors), *jobs)
-        self._move()
-
-    def take(self) -> list[Tensor | None]:
-        """The combined gradients, for who has no ``.grad`` to fill; moves the state as `fill`."""
-        combined = self.combined()
-        self._move()
-        return combined
-
-    def combined(self) -> list[Tensor | None]:
-        """The combined gradients."""
-        if self.factors is None:
-            return [None if g is None else self.rows.unpack(p, g) for p, g in enumerate(self.rows.grads)]
-        combined: list[Tensor | None] = ops.combine(self.rows, self.factors)
-        return combined
-
-
-def operate(
-    method: GradientMethod,
-    rows: Rows,
-    mask: Tensor | None,
-    losses: Losses | None,
-    names: Sequence[str],
-    scale: Tensor | None = None,
-    nonfinite: str = "propagate",
-    max_norm: float | None = None,
-    precision: str = "full",
-    widen: bool = False,
-) -> Outcome:
-    """Gramian, weights, and what they multiply; or whatever a `RowMethod` has in their place.
-
-    Args:
-        method: Its state advances, but for what it keeps per element, which waits for `Outcome.fill`.
-        rows: The per-task gradients, of losses multiplied by ``scale``.
-        mask: As for `decide`.
-        losses: As for `decide`.
-        names: As for `decide`.
-        scale: See `scale_of`.
-        nonfinite: See `fastmtl.backward`.
-        max_norm: See `clip`.
-        precision: Of the Gramian; see `fastmtl.ops.gram`.
-        widen: 16-bit rows are for wider parameters.
-
-    Raises:
-        ValueError, FloatingPointError: As `decide`.
-    """
-    if isinstance(method, ElementwiseMethod):
-        return _merge(method, rows, mask, losses, names, scale, nonfinite, max_norm, widen)
-    if isinstance(method, TrackingMethod):
-        return _track(method, rows, mask, losses, names, scale, nonfinite, max_norm, precision)
-    gramian = unscaled(ops.gram(rows, precision=precision), scale)
-    decision = decide(method, gramian, mask, losses, names, nonfinite, max_norm)
-    return Outcome(decision.weights, gramian, decision.for_heads(method), decision.skip, rows, decision.weights)
-
-
-def _track(
-    method: TrackingMethod,
-    rows: Rows,
-    mask: Tensor | None,
-    losses: Losses | None,
-    names: Sequence[str],
-    scale: Tensor | None,
-    nonfinite: str,
-    max_norm: float | None,
-    precision: str,
-) -> Outcome:
-    """`operate` on the gradients that the method makes of those of this step."""
-    values = None
-    if method.needs_losses:
-        if losses is None:
-            raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
-        values = losses.values().to(rows.device)
-    absent = [False] * rows.num_tasks if losses is None else [x is None for x in losses.items]
-    with torch.no_grad():
-        tracked = method.track(RawRows(separate(rows, absent), mask, values, scale))
-    gramian = ops.gram(tracked.rows, precision=precision)
-    gramian = unscaled(gramian, scale) if tracked.scaled else gramian
-    decision = decide(method, gramian, mask, losses, names, nonfinite, max_norm)
-    weights, heads, moves = decision.weights, decision.for_heads(method), decision.kept
-    if tracked.heads is not None:
-        heads = tracked.heads.unsqueeze(0)
-        heads = heads if moves is None else torch.where(moves, heads, 0.0)
-    if moves is None:
-        moves = Step(gramian, mask, values).finite.expand(rows.num_tasks)
-    factors = weights if tracked.scaled or scale is None else weights * scale
-    move = partial(method.store, tracked, moves)
-    return Outcome(weights, gramian, heads, decision.skip, tracked.rows, factors, move)
-
-
-def _merge(
-    method: ElementwiseMethod,
-    rows: Rows,
-    mask: Tensor | None,
-    losses: Losses | None,
-    names: Sequence[str],
-    scale: Tensor | None,
-    nonfinite: str,
-    max_norm: float | None,
-    widen: bool,
-) -> Outcome:
-    """`operate` by an elementwise method, without a Gramian unless the policy asks for it."""
-    if losses is not None and method.positional:
-        method.remember(names)
-    gramian, kept = None, None
-    ones = torch.ones(rows.num_groups, rows.num_tasks, dtype=torch.float64, device=rows.device)
-    if nonfinite != "propagate":
-        gramian = unscaled(ops.gram(rows), scale)
-        values = None if losses is None else losses.values().to(rows.device)
-        step, kept = _under_policy(Step(gramian, mask, values), nonfinite, names)
-        if step is None:
-            return Outcome(None, gramian, None, True, rows, None)
-        mask = step.mask
-    with torch.no_grad():
-        taking_part = ones if mask is None else mask.double()
-        merged = method.merge(rows, taking_part, widen)
-        outcome = replace(Rows.by_task([merged]), num_groups=1)
-        factors = None
-        moves = method.has_state and method.training
-        if max_norm is not None or moves:
-            square = unscaled(ops.gram(outcome), scale)
-            if moves:
-                method.advance(square.isfinite().all())
-            if max_norm is not None:
-                factors = clip(torch.ones_like(square[0]), square, max_norm)
-    heads = None if kept is None else kept.double().unsqueeze(0)
-    return Outcome(None, gramian, heads, False, outcome, factors)
 
 
 def clip(weights: Tensor, gramian: Tensor, max_norm: float) -> Tensor:
@@ -413,99 +244,3 @@ def weighed_losses(
         yield weights
         if total.requires_grad:
             total.backward(None if scale is None else scale.to(total.dtype))
-
-
-def accumulate(
-    *jobs: tuple[Sequence[Tensor], Rows, Tensor | None],
-    own: tuple[Sequence[Tensor], Sequence[Tensor | None]] = ((), ()),
-) -> None:
-    """Add weighted rows to parameters' ``.grad``, as ``loss.backward()`` would.
-
-    A parameter that no task reaches is left alone. Nothing is written if anything raises. Sparse rows give a sparse,
-    coalesced ``.grad``, unless there is a dense one to be added to. Rows may be narrower than their parameter. Those of
-    a sharded parameter are of this rank's shard; its ``.grad`` is sharded as the parameter is.
-
-    Args:
-        jobs: Parameters, their rows, and the rows' weights ``[K, T]``; None: all count 1.
-        own: Parameters, and ready gradients that nothing else holds.
-
-    Raises:
-        TypeError: A ``.grad`` to be added to is not supported; see `refuse_unsupported`.
-    """
-    in_place: list[tuple[Rows, Tensor, list[Tensor]]] = []  # rows, their weights, and the dense .grad that there are
-    added: list[tuple[Tensor, Tensor]] = []  # a dense .grad that there is, and what is added to it
-    new: list[tuple[Tensor, Tensor]] = []  # a parameter, and what becomes its .grad
-
-    def take(param: Tensor, grad: Tensor) -> None:
-        if param.grad is None:
-            new.append((param, grad))
-        elif param.grad.is_sparse:
-            new.append((param, sparse.add(param.grad, grad)))
-        else:
-            added.append((param.grad, grad))
-
-    with torch.no_grad(), shards_written([params for params, *_ in jobs]) as written:
-        refuse_unsupported(own[0], [p.grad for p in own[0]], {})
-        for param, ready in zip(*own, strict=True):
-            if ready is not None:
-                take(param, ready)
-        for params, (_, rows, weights) in zip(written, jobs, strict=True):
-            refuse_unsupported(params, [p.grad for p in params], {})
-            reached = rows.reached()
-            if weights is None:  # heads, mostly: one task each
-                alone = {p: row for p in reached if (row := rows.only(p)) is not None}
-                for p, row in alone.items():  # may share its memory with another tensor, so a copy becomes .grad
-                    take(params[p], _own(row, params[p]) if params[p].grad is None else row)
-                reached = [p for p in reached if p not in alone]
-                weights = torch.ones(rows.num_groups, rows.num_tasks, device=rows.device)
-            dense: dict[int, Tensor] = {}
-            fresh: dict[torch.dtype | None, list[int]] = {}  # by dtype, None where it is that of the rows
-            for p in reached:
-                grad, dtype = params[p].grad, params[p].dtype
-                if grad is None or grad.is_sparse or rows.is_sparse(p):
-                    fresh.setdefault(None if rows.dtype(p) == dtype else dtype, []).append(p)
-                else:
-                    dense[p] = grad
-            if dense:
-                in_place.append((rows.select([*dense]), weights, [*dense.values()]))
-            for wide, some in fresh.items():
-                part = rows if len(some) == rows.num_params else rows.select(some)
-                for p, combined in zip(some, ops.combine(part, weights, dtype=wide), strict=True):
-                    take(params[p], combined)
-        for part, weights, grads in in_place:
-            ops.combine_(part, weights, grads)
-        for grad, more in added:
-            grad.add_(more)
-        for param, grad in new:
-            as_it_is = grad.dtype == param.dtype and (grad.is_sparse or grad.stride() == param.stride())
-            param.grad = grad if as_it_is else _own(grad, param)
-
-
-def _own(grad: Tensor, param: Tensor) -> Tensor:
-    """A copy of a gradient with its parameter's dtype, and strides if it is dense."""
-    if grad.is_sparse:
-        return grad.to(param.dtype, copy=True)
-    if grad.dtype == param.dtype and grad.stride() == param.stride():
-        return grad.clone()
-    return torch.empty_like(param).copy_(grad)
-
-
-def refuse_unsupported(params: Sequence[Tensor], grads: Sequence[Tensor | None], names: dict[int, str]) -> None:
-    """Refuse gradients that no kernel reads.
-
-    Args:
-        params: Parameters.
-        grads: A gradient for each, or None.
-        names: The parameters' names by id, where known.
-
-    Raises:
-        TypeError: A gradient is complex, or sparse in another way than `fastmtl.sparse` knows; the text names the
-            parameter.
-    """
-    for p, g in zip(params, grads, strict=True):
-        if g is None or (type(g) is Tensor and g.layout is torch.strided and not g.is_complex()):
-            continue
-        name = names.get(id(p), f"a parameter of shape {list(p.shape)}")
-        sparse.check_layout(g, name)
-        if g.is_complex():
-            raise TypeError(f"{name}: complex gradients are not supported")

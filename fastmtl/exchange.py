@@ -21,8 +21,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from fastmtl import ops
+from fastmtl.accumulate import accumulate
 from fastmtl.distributed import Ranks
-from fastmtl.engine import Method, accumulate, decide, restored_on_error, unscaled
+from fastmtl.engine import Method, decide, restored_on_error, unscaled
 from fastmtl.losses import Losses
 from fastmtl.rows import Rows, constant_mask
 from fastmtl.sharded import is_sharded

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import get_gradient_edge
 
+from fastmtl.accumulate import refuse_unsupported
 from fastmtl.cut import Cut, cut
-from fastmtl.engine import refuse_unsupported
 from fastmtl.losses import Losses, stack_scalars
 from fastmtl.rows import ThroughBackward, ThroughGrad
 from fastmtl.sharded import gathered_once

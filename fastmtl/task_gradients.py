@@ -10,16 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import sparse
+from fastmtl.accumulate import accumulate, refuse_unsupported
 from fastmtl.checks import whole
 from fastmtl.distributed import Group, ranks_of, several
 from fastmtl.engine import (
     Method,
-    accumulate,
     check_method,
     check_nonfinite,
-    operate,
     refuse_options,
-    refuse_unsupported,
     restored_on_error,
     scale_of,
     task_mask,
@@ -27,6 +25,7 @@ from fastmtl.engine import (
 )
 from fastmtl.exchange import Exchange, describe_param, describe_params, finish, has_static_graph, weighted
 from fastmtl.losses import Losses, LossesLike, numbered, parse_losses
+from fastmtl.operate import operate
 from fastmtl.parameters import GroupsLike, ParamsLike, check_one_device, resolve_groups, resolve_params
 from fastmtl.passes import explain_freed_graph
 from fastmtl.result import Result

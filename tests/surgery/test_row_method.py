@@ -156,7 +156,7 @@ def test_a_call_that_raises_moves_nothing(name: str, monkeypatch: pytest.MonkeyP
 
     for _ in range(2):
         with monkeypatch.context() as patch:
-            patch.setattr("fastmtl.engine.accumulate", fail)
+            patch.setattr("fastmtl.operate.accumulate", fail)
             with assert_untouched(method, net), pytest.raises(MemoryError):
                 fastmtl.backward(net.losses(inputs()), method, net.trunk)
         step(net, method, inputs())
