@@ -80,7 +80,8 @@ def _measure_elementwise(report: Report, name: str, options: dict[str, Any], row
     found = fastmtl.aggregate(rows, method).grads.double()
     if name == "GradDrop":
         sums = [rows.double().clamp(min=0).sum(0), rows.double().clamp(max=0).sum(0)]
-        expected = torch.where((found - sums[0]).abs() < (found - sums[1]).abs(), *sums)
+        nearer = (found - sums[0]).abs() < (found - sums[1]).abs()
+        expected: Tensor = torch.where(nearer, sums[0], sums[1])
     else:
         expected = rows.sort(0).values[options["trim"] : len(rows) - options["trim"]].double().mean(0)
     errors = {"fastmtl": check(name, oracle.vector_error(found, expected), 1e-5)}
