@@ -9,7 +9,7 @@ EDITABLE := --no-build-isolation --config-settings editable_mode=compat --editab
 SOURCES := setup.py pyproject.toml $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-dist lint format info bench plots docs gpu cuda-check clean
+.PHONY: help demo test test-dist test-integrations lint format info bench plots docs gpu cuda-check clean
 
 help: ## this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /  make \1\t/' | expand -t 20
@@ -31,6 +31,10 @@ $(VENV)/test: $(VENV)/fastmtl
 $(VENV)/peers: $(VENV)/fastmtl # what the benchmarks compare with stays out of the environment of demo and tests
 	$(PIP) "torchjd[quadprog_projector]==0.18.0" && touch $@ || echo "NO COMPARISON WITH TORCHJD: it could not be installed"
 
+$(VENV)/integrations: $(VENV)/test # so do the libraries of docs/integrations.md, at the versions that it names
+	$(PIP) torchjd==0.18.0 lightning==2.6.6 transformers==5.23.0 accelerate==1.15.0
+	@touch $@
+
 $(VENV)/lint: $(VENV)/fastmtl
 	$(PIP) $(EDITABLE) ".[lint]"
 	@touch $@
@@ -48,6 +52,10 @@ test: $(VENV)/test ## all tests that need no GPU
 test-dist: $(VENV)/test ## the tests of many processes in full, and their example
 	FASTMTL_REQUIRE_EXT=1 $(BIN)/python -m pytest -m "not slow or slow" tests/test_distributed*.py $(ARGS)
 	$(BIN)/python -m torch.distributed.run --standalone --nproc-per-node 2 examples/distributed.py
+
+test-integrations: ## the tests with TorchJD, Lightning, Accelerate, Transformers, in .venv-integrations
+	$(MAKE) --no-print-directory VENV=.venv-integrations .venv-integrations/integrations
+	FASTMTL_REQUIRE_EXT=1 .venv-integrations/bin/python -m pytest tests/integrations $(ARGS)
 
 lint: $(VENV)/lint ## style, docstrings, types
 	$(BIN)/ruff check .
@@ -85,4 +93,4 @@ gpu: ## on a machine with a GPU, torch and nvcc: build, GPU tests, sanitizer, be
 	$(PYTHON) -m benchmarks.gpu
 
 clean: ## remove what was built
-	rm -rf $(VENV) .venv-bench .venv-docs build docs/api dist fastmtl.egg-info fastmtl/_C*.so demo-output
+	rm -rf $(VENV) .venv-bench .venv-docs .venv-integrations build docs/api dist fastmtl.egg-info fastmtl/_C*.so demo-output

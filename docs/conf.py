@@ -37,6 +37,7 @@ napoleon_numpy_docstring = False
 
 TITLES = ("Ways in", "Gradient methods", "Loss weightings", "What methods have in common", "Modules")
 INTERNALS = ("checks", "diagnosis", "engine", "random", "sharded", "sparse")  # modules that docstrings point to
+STANDALONE = ("compat",)  # modules that are imported by themselves
 
 
 def public() -> dict[str, dict[str, Any]]:
@@ -49,7 +50,7 @@ def public() -> dict[str, dict[str, Any]]:
     for base in {base for method in methods for base in method.__mro__} - set(methods):
         if base.__module__.startswith("fastmtl."):
             sections["What methods have in common"][f"{base.__module__}.{base.__name__}"] = base
-    for name in INTERNALS:
+    for name in (*INTERNALS, *STANDALONE):
         sections["Modules"][f"fastmtl.{name}"] = importlib.import_module(f"fastmtl.{name}")
     return sections
 

@@ -1,0 +1,1 @@
+"""Other training libraries, each in a module that imports it; see docs/integrations.md."""

@@ -1,0 +1,23 @@
+"""docs/integrations.md and the examples in the integrations' docstrings run."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.test_readme import run_blocks, run_examples
+
+pytestmark = pytest.mark.filterwarnings("default")  # of libraries that are not ours
+LIBRARIES = ["torchjd", "lightning", "accelerate"]
+
+
+def test_page(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for library in LIBRARIES:
+        pytest.importorskip(library)
+    monkeypatch.chdir(tmp_path)
+    run_blocks("docs/integrations.md")
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_docstrings(library: str) -> None:
+    pytest.importorskip(library)
+    run_examples(f"fastmtl.integrations.{library}")
