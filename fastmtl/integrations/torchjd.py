@@ -12,6 +12,7 @@ from torchjd.aggregation import WeightedAggregator, Weighting
 from fastmtl import ops
 from fastmtl.engine import check_method
 from fastmtl.surgery.base import GradientMethod
+from fastmtl.surgery.row_method import refuse_row_method
 
 
 class FastmtlWeighting(Weighting):
@@ -25,7 +26,8 @@ class FastmtlWeighting(Weighting):
 
     Raises:
         TypeError: Not a gradient method: loss weightings go around the losses.
-        ValueError: A method that needs the values of the losses, or that scales heads, which TorchJD has no room for.
+        ValueError: A method that needs the values of the losses, or that scales heads, which TorchJD has no room for; a
+            method for which the Gramian is not enough.
 
     Example:
         >>> import torch, fastmtl
@@ -91,6 +93,7 @@ def _checked(method: GradientMethod) -> GradientMethod:
     name = type(method).__name__
     if not isinstance(method, GradientMethod):
         raise TypeError(f"method: expected a gradient method, found the loss weighting {name}: call it on the losses")
+    refuse_row_method(method, "torchjd")
     if method.needs_losses:
         raise ValueError(f"{name}: needs the values of the losses, which TorchJD does not hand over")
     if method.scale_heads:

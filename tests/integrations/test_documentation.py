@@ -7,7 +7,7 @@ import pytest
 from tests.test_readme import run_blocks, run_examples
 
 pytestmark = pytest.mark.filterwarnings("default")  # of libraries that are not ours
-LIBRARIES = ["torchjd", "lightning", "accelerate"]
+LIBRARIES = ["torchjd", "lightning", "accelerate", "transformers"]
 
 
 def test_page(capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

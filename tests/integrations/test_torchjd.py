@@ -111,5 +111,7 @@ def test_errors() -> None:
             make(fastmtl.PELTR([0.1, 0.1]))
         with pytest.raises(ValueError, match="values of the losses"):
             make(fastmtl.MGDA(normalization="loss"))
+        with pytest.raises(ValueError, match="GradDrop works on the whole"):
+            make(fastmtl.GradDrop())
         with pytest.raises(TypeError, match="construct it"):
             make(fastmtl.MGDA)
