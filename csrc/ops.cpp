@@ -6,6 +6,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <optional>
@@ -423,13 +424,19 @@ bool is_symmetric(const Tensor& gramian) {
   const int64_t tasks = g.sizes[1];
   for (int64_t k = 0; k < g.sizes[0]; ++k) {
     const double* m = g.problems.gramian + k * tasks * tasks;
-    for (int64_t i = 0; i < tasks; ++i) {
-      for (int64_t j = 0; j < i; ++j) {
-        const double difference = std::fabs(m[i * tasks + j] - m[j * tasks + i]);
-        if (difference > 0 &&
-            difference > 1e-5 * std::sqrt(std::fabs(m[i * tasks + i])) * std::sqrt(std::fabs(m[j * tasks + j])) &&
-            difference < std::numeric_limits<double>::infinity())
-          return false;
+    const auto differs = [&](int64_t i, int64_t j) {
+      const double difference = std::fabs(m[i * tasks + j] - m[j * tasks + i]);
+      return difference > 0 && difference < std::numeric_limits<double>::infinity() &&
+             difference > 1e-5 * std::sqrt(std::fabs(m[i * tasks + i])) * std::sqrt(std::fabs(m[j * tasks + j]));
+    };
+    constexpr int64_t kTile = 16;  // a column's cache lines serve the whole tile
+    for (int64_t top = 0; top < tasks; top += kTile) {
+      for (int64_t left = 0; left <= top; left += kTile) {
+        for (int64_t i = top; i < std::min(top + kTile, tasks); ++i) {
+          for (int64_t j = left; j < std::min(left + kTile, i); ++j) {
+            if (differs(i, j)) return false;
+          }
+        }
       }
     }
   }

@@ -79,6 +79,7 @@ def rows() -> list[dict[str, str]]:
             "also needs": method.facts.needs,
             "state": method.facts.state,
             "cost": method.facts.cost,
+            "up to": f"T = {method.facts.up_to}",
             "ways in": ways_in(method),
         }
         for name, method in all_methods().items()

@@ -11,13 +11,68 @@ import pytest
 import fastmtl
 
 # Public names of TorchJD 0.18 (torchjd.aggregation, torchjd.scalarization) and LibMTL 1.1.5 (LibMTL.weighting).
-TORCHJD = """AlignedMTL CAGrad ConFIG Constant CRMOGMWeighting DualProj ExcessMTL FairGrad GradDrop GradVac IMTLG Krum
-Mean MGDA MoDoWeighting NashMTL PCD PCGrad Random SDMGradWeighting Sum TrimmedMean UPGrad
-scalarization.Constant scalarization.COSMOS scalarization.DWA scalarization.FAMO scalarization.GeometricMean
-scalarization.IMTLL scalarization.Mean scalarization.PBI scalarization.Random scalarization.STCH scalarization.Sum
-scalarization.UW""".split()
-LIBMTL = """EW GradNorm MGDA UW DWA GLS GradDrop PCGrad GradVac IMTL CAGrad Nash_MTL RLW MoCo Aligned_MTL DB_MTL STCH
-ExcessMTL FairGrad FAMO MoDo SDMGrad UPGrad""".split()
+TORCHJD = [
+    "AlignedMTL",
+    "CAGrad",
+    "ConFIG",
+    "Constant",
+    "CRMOGMWeighting",
+    "DualProj",
+    "ExcessMTL",
+    "FairGrad",
+    "GradDrop",
+    "GradVac",
+    "IMTLG",
+    "Krum",
+    "Mean",
+    "MGDA",
+    "MoDoWeighting",
+    "NashMTL",
+    "PCD",
+    "PCGrad",
+    "Random",
+    "SDMGradWeighting",
+    "Sum",
+    "TrimmedMean",
+    "UPGrad",
+    "scalarization.Constant",
+    "scalarization.COSMOS",
+    "scalarization.DWA",
+    "scalarization.FAMO",
+    "scalarization.GeometricMean",
+    "scalarization.IMTLL",
+    "scalarization.Mean",
+    "scalarization.PBI",
+    "scalarization.Random",
+    "scalarization.STCH",
+    "scalarization.Sum",
+    "scalarization.UW",
+]
+LIBMTL = [
+    "EW",
+    "GradNorm",
+    "MGDA",
+    "UW",
+    "DWA",
+    "GLS",
+    "GradDrop",
+    "PCGrad",
+    "GradVac",
+    "IMTL",
+    "CAGrad",
+    "Nash_MTL",
+    "RLW",
+    "MoCo",
+    "Aligned_MTL",
+    "DB_MTL",
+    "STCH",
+    "ExcessMTL",
+    "FairGrad",
+    "FAMO",
+    "MoDo",
+    "SDMGrad",
+    "UPGrad",
+]
 
 
 def table() -> list[list[str]]:

@@ -62,7 +62,7 @@ class EPO(GradientMethod):
     """
 
     needs_losses = True
-    facts = Facts("direction", "Mahapatra, ICML 2020", sums_to="1", needs="losses >= 0", cost="T^3")
+    facts = Facts("direction", "Mahapatra, ICML 2020", sums_to="1", needs="losses >= 0", cost="T^3", up_to=128)
 
     def __init__(
         self,

@@ -48,7 +48,7 @@ class UPGrad(DualConeMethod):
         tensor([1.1111, 0.7895], dtype=torch.float64)
     """
 
-    facts = Facts("direction", "Quinton 2024", sums_to="1 or more", cost="T^4")
+    facts = Facts("direction", "Quinton 2024", sums_to="1 or more", cost="T^4", up_to=256)
 
     def solve(self, step: Step) -> Tensor:
         """See `GradientMethod.solve`."""
