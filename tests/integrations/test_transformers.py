@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from torch import Tensor, nn
 
 import fastmtl
 from tests.nets import Net, mlp
+from tests.ranks import processes
 
 pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
@@ -184,6 +187,41 @@ def test_several_data_sets(name: str, accumulate: int, tmp_path: Path) -> None:
     )
     trainer.train()
     assert_same(net, [p.detach() for p in plain.parameters()])
+
+
+def of_a_rank(kind: str, net: Net, folder: Path) -> list[Tensor]:
+    rank = torch.distributed.get_rank()
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}  # as a launcher does
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
+    warnings.simplefilter("default")
+    method = fastmtl.PCGrad(order="fixed")
+    args = arguments(folder, ddp_backend="gloo")
+    if kind == "losses":
+        trainer: Any = MultiTask(Model(net), args, train_dataset=samples(), method=method, shared_params=["net.trunk"])
+    else:
+        datasets = {"a": tagged(0), "b": tagged(1), "c": tagged(2)}
+        trainer = MultiDataset(Model(net), args, train_dataset=datasets, method=method, shared_params=["net.trunk"])
+    trainer.train()
+    assert isinstance(trainer.model_wrapped, nn.parallel.DistributedDataParallel)
+    return [p.detach() for p in net.parameters()]
+
+
+@pytest.mark.parametrize("kind", ["losses", "data sets"])
+def test_two_processes(kind: str, tmp_path: Path) -> None:
+    net = mlp()
+    expected, per_task = copy.deepcopy(net), [batches(samples() if kind == "losses" else tagged(t)) for t in range(3)]
+    optimizer = torch.optim.SGD(expected.parameters(), lr=LR)
+    for start in range(0, STEPS, 2):  # a batch for each process
+        optimizer.zero_grad()
+        losses = [expected.losses(torch.cat(each[start : start + 2]))[t] for t, each in enumerate(per_task)]
+        fastmtl.backward(losses, fastmtl.PCGrad(order="fixed"), expected.trunk)
+        nn.utils.clip_grad_norm_(expected.parameters(), 0.1)
+        optimizer.step()
+    with processes(2) as ranks:
+        found = ranks.run(2, of_a_rank, kind, net, tmp_path)
+    assert all(torch.equal(p, q) for p, q in zip(*found, strict=True))
+    for p, q in zip(found[0], expected.parameters(), strict=True):
+        torch.testing.assert_close(p, q.detach(), rtol=1e-9, atol=1e-12)
 
 
 def test_a_resumed_run_equals_an_uninterrupted_one(tmp_path: Path) -> None:
