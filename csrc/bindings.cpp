@@ -180,6 +180,74 @@ Doubles spectral(const Doubles& gramian, const std::optional<Bools>& mask, const
   return weights;
 }
 
+py::tuple simplex_lp(const Doubles& gramian, const std::optional<Bools>& mask, const Doubles& objective,
+                     const Doubles& bounds, const Doubles& extra, const Doubles& extra_bound) {
+  const Problems problems = problems_of(gramian, mask);
+  Doubles weights = new_weights(gramian);
+  Doubles violation(Sizes{gramian.shape(0)});
+  for (const Doubles* each : {&objective, &bounds, &extra}) {
+    require(sizes_of(*each) == sizes_of(weights), "objective, bounds, extra: expected shape [K, T]");
+  }
+  require(sizes_of(extra_bound) == sizes_of(violation), "extra_bound: expected shape [K]");
+  const SimplexLp method{objective.data(),   bounds.data(),          extra.data(),
+                         extra_bound.data(), weights.mutable_data(), violation.mutable_data()};
+  {
+    py::gil_scoped_release release;
+    simplex_lp_cpu(problems, method);
+  }
+  return py::make_tuple(weights, violation);
+}
+
+Doubles krum(const Doubles& gramian, const std::optional<Bools>& mask, int64_t num_byzantine, int64_t num_selected,
+             bool euclidean) {
+  const Problems problems = problems_of(gramian, mask);
+  require(num_byzantine >= 0 && num_selected >= 1, "expected num_byzantine >= 0 and num_selected >= 1");
+  Doubles weights = new_weights(gramian);
+  const Krum method{num_byzantine, num_selected, euclidean, weights.mutable_data()};
+  py::gil_scoped_release release;
+  krum_cpu(problems, method);
+  return weights;
+}
+
+Doubles projected_gradient(const Doubles& gramian, const std::optional<Bools>& mask, const Doubles& start,
+                           const std::optional<Doubles>& pull, double lr, double momentum, double ridge,
+                           int64_t num_steps, bool scale_free) {
+  const Problems whole = problems_of(gramian, mask);
+  require(start.ndim() == 2 && start.shape(0) == whole.count, "start: expected shape [K, T]");
+  const int32_t t = static_cast<int32_t>(start.shape(1));
+  require(t == 0 ? whole.num_tasks == 0 : whole.num_tasks > 0 && whole.num_tasks % t == 0,
+          "start: expected shape [K, T] for B T rows");
+  if (pull) require(sizes_of(*pull) == sizes_of(start), "pull: expected shape [K, T]");
+  Doubles weights(sizes_of(start));
+  const ProjectedGradient method{whole.gramian,
+                                 whole.mask,
+                                 t == 0 ? 1 : whole.num_tasks / t,
+                                 start.data(),
+                                 pull ? pull->data() : nullptr,
+                                 nullptr,
+                                 lr,
+                                 momentum,
+                                 ridge,
+                                 num_steps,
+                                 scale_free,
+                                 weights.mutable_data()};
+  py::gil_scoped_release release;
+  projected_gradient_cpu({whole.count, t, nullptr, nullptr}, method);
+  return weights;
+}
+
+Doubles random_weights(const Bools& present, int64_t seed, int64_t step, int distribution) {
+  require(present.ndim() == 2, "present: expected shape [K, T]");
+  require(distribution >= 0 && distribution <= 4, "distribution: expected 0 to 4");
+  const int64_t rng[2] = {seed, step};
+  Doubles weights(sizes_of(present));
+  const RandomWeights method{static_cast<Distribution>(distribution), rng, weights.mutable_data()};
+  random_weights_cpu({present.shape(0), static_cast<int32_t>(present.shape(1)), nullptr,
+                      reinterpret_cast<const uint8_t*>(present.data())},
+                     method);
+  return weights;
+}
+
 // The random orders [T,T] of one problem.
 Longs random_orders(int num_tasks, int64_t seed, int64_t step, int64_t problem) {
   require(num_tasks >= 0 && num_tasks <= 65536, "num_tasks: expected 0 to 65536");
@@ -244,6 +312,12 @@ PYBIND11_MODULE(_C, m) {
         "step"_a, "include_self"_a, "mean"_a);
   m.def("gradvac", &fastmtl::gradvac, "gramian"_a, "targets"_a, "mask"_a.none(true), "order_kind"_a,
         "order"_a.none(true), "seed"_a, "step"_a, "beta"_a, "ema_first"_a, "ema_always"_a);
+  m.def("simplex_lp", &fastmtl::simplex_lp, "gramian"_a, "mask"_a.none(true), "objective"_a, "bounds"_a, "extra"_a,
+        "extra_bound"_a);
+  m.def("krum", &fastmtl::krum, "gramian"_a, "mask"_a.none(true), "num_byzantine"_a, "num_selected"_a, "euclidean"_a);
+  m.def("projected_gradient", &fastmtl::projected_gradient, "gramian"_a, "mask"_a.none(true), "start"_a,
+        "pull"_a.none(true), "lr"_a, "momentum"_a, "ridge"_a, "num_steps"_a, "scale_free"_a);
+  m.def("random_weights", &fastmtl::random_weights, "present"_a, "seed"_a, "step"_a, "distribution"_a);
   m.def("cagrad", &fastmtl::cagrad, "gramian"_a, "mask"_a.none(true), "c"_a);
   m.def("fairgrad", &fastmtl::fairgrad, "gramian"_a, "mask"_a.none(true), "preference"_a.none(true), "alpha"_a);
   m.def("spectral", &fastmtl::spectral, "gramian"_a, "mask"_a.none(true), "preference"_a.none(true), "rule"_a);

@@ -418,6 +418,62 @@ Tensor spectral(const Tensor& gramian, std::optional<Tensor> mask, std::optional
   return weights;
 }
 
+Tensor krum(const Tensor& gramian, std::optional<Tensor> mask, int64_t num_byzantine, int64_t num_selected,
+            bool euclidean) {
+  auto g = problems_of(gramian, mask);
+  if (num_byzantine < 0 || num_selected < 1)
+    throw std::invalid_argument("krum: expected num_byzantine >= 0 and num_selected >= 1");
+  Tensor weights = new_double(g.sizes, g.device);
+  Krum args{num_byzantine, num_selected, euclidean, weights.mutable_data_ptr<double>()};
+  FASTMTL_SOLVE(krum, g, args);
+  return weights;
+}
+
+Tensor projected_gradient(const Tensor& gramian, std::optional<Tensor> mask, const Tensor& start,
+                          std::optional<Tensor> pull, std::optional<Tensor> rate, double lr, double momentum,
+                          double ridge, int64_t num_steps, bool scale_free) {
+  auto g = problems_of(gramian, mask);
+  const int64_t groups = g.sizes[0], rows = g.sizes[1], t = start.dim() == 2 ? start.size(1) : 0;
+  if (t == 0 ? rows != 0 : rows == 0 || rows % t != 0)
+    throw std::invalid_argument("start: expected [K, T] for " + std::to_string(rows) + " rows, found " +
+                                shape_text(start));
+  check_double(start, {groups, t}, g.device, "start");
+  if (pull) check_double(*pull, {groups, t}, g.device, "pull");
+  if (rate) check_double(*rate, {1}, g.device, "rate");
+  Tensor weights = new_double({groups, t}, g.device);
+  ProjectedGradient args{g.problems.gramian,
+                         g.problems.mask,
+                         static_cast<int32_t>(t == 0 ? 1 : rows / t),
+                         start.const_data_ptr<double>(),
+                         pull ? pull->const_data_ptr<double>() : nullptr,
+                         rate ? rate->const_data_ptr<double>() : nullptr,
+                         lr,
+                         momentum,
+                         ridge,
+                         num_steps,
+                         scale_free,
+                         weights.mutable_data_ptr<double>()};
+  g.problems = {groups, static_cast<int32_t>(t), nullptr, nullptr};
+  FASTMTL_SOLVE(projected_gradient, g, args);
+  return weights;
+}
+
+Tensor random_weights(const Tensor& present, const Tensor& rng, int64_t distribution) {
+  if (present.dim() != 2) throw std::invalid_argument("present: expected shape [K, T], found " + shape_text(present));
+  if (distribution < 0 || distribution > static_cast<int64_t>(Distribution::constrained_bernoulli))
+    throw std::invalid_argument("distribution: expected 0 to 4, found " + std::to_string(distribution));
+  const std::vector<int64_t> sizes = {present.size(0), present.size(1)};
+  check_tensor(present, ScalarType::Bool, sizes, present.device(), "present");
+  check_tensor(rng, ScalarType::Long, {2}, present.device(), "rng");
+  const auto* mask = reinterpret_cast<const uint8_t*>(present.const_data_ptr());
+  GramianArgs g{{sizes[0], static_cast<int32_t>(sizes[1]), nullptr, mask}, sizes, present.device()};
+  Tensor weights = new_double(sizes, g.device);
+  RandomWeights args{static_cast<Distribution>(distribution), rng.const_data_ptr<int64_t>(),
+                     weights.mutable_data_ptr<double>()};
+  FASTMTL_SOLVE(random_weights, g, args);
+  return weights;
+}
+
 // Whether a matrix may be a Gramian: symmetric up to the rounding of float32. What is not finite does not count.
 bool is_symmetric(const Tensor& gramian) {
   const GramianArgs g = problems_of(gramian, std::nullopt);
@@ -458,6 +514,9 @@ void implement(Library& m) {
   m.impl("gradvac", TORCH_BOX(&gradvac));
   m.impl("spectral", TORCH_BOX(&spectral));
   m.impl("cagrad", TORCH_BOX(&cagrad));
+  m.impl("krum", TORCH_BOX(&krum));
+  m.impl("projected_gradient", TORCH_BOX(&projected_gradient));
+  m.impl("random_weights", TORCH_BOX(&random_weights));
   m.impl("fairgrad", TORCH_BOX(&fairgrad));
 }
 
@@ -488,6 +547,11 @@ STABLE_TORCH_LIBRARY(fastmtl, m) {
   m.def(
       "gradvac(Tensor gramian, Tensor? mask, Tensor? order, Tensor? rng, int order_kind, Tensor targets, float beta,"
       " bool ema_first, bool ema_always) -> (Tensor, Tensor)");
+  m.def("krum(Tensor gramian, Tensor? mask, int num_byzantine, int num_selected, bool euclidean) -> Tensor");
+  m.def(
+      "projected_gradient(Tensor gramian, Tensor? mask, Tensor start, Tensor? pull, Tensor? rate, float lr,"
+      " float momentum, float ridge, int num_steps, bool scale_free) -> Tensor");
+  m.def("random_weights(Tensor present, Tensor rng, int distribution) -> Tensor");
   m.def("cagrad(Tensor gramian, Tensor? mask, float c) -> (Tensor, Tensor)");
   m.def("fairgrad(Tensor gramian, Tensor? mask, Tensor? preference, float alpha) -> (Tensor, Tensor)");
   m.def("is_symmetric(Tensor gramian) -> bool");

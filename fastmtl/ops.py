@@ -16,12 +16,14 @@ from torch import Tensor
 
 from fastmtl import _extension, reference
 from fastmtl.checks import choice, real, whole
+from fastmtl.random import DISTRIBUTIONS
 from fastmtl.reference import check_dtype
 from fastmtl.rows import Gradients, Rows, as_rows
 
 ORDERS = {"random": 0, "fixed": 1, "shared": 2}
 STARTS = ("uniform", "pair")
 SCALE_MODES = ("min", "median", "rmse")
+DISTANCES = ("squared", "euclidean")
 LENGTHS = ("projections", "sum_to_one")
 RULES = {"min": 0, "median": 1, "rmse": 2, "projections": 3, "sum_to_one": 4}
 
@@ -580,6 +582,125 @@ def equal_cosines(
     return torch.ops.fastmtl.spectral(gramian, mask, _per_task("preference", preference, gramian), RULES[length])
 
 
+def krum(
+    gramian: Tensor,
+    mask: Tensor | None = None,
+    num_byzantine: int = 0,
+    num_selected: int = 1,
+    distance: str = "squared",
+) -> Tensor:
+    """Krum's weights from the Gramian; see `fastmtl.Krum` for the method.
+
+    Args:
+        gramian: ``[K, T, T]`` float64, symmetric.
+        mask: bool ``[K, T]``, or None.
+        num_byzantine: f, at least 0: a score adds up the distances to the ``n - f - 2`` closest of n present tasks, at
+            least to one.
+        num_selected: How many tasks have equal weights, at least 1; at most n.
+        distance: ``"squared"`` or ``"euclidean"``.
+
+    Returns:
+        Weights ``[K, T]`` float64.
+
+    Raises:
+        TypeError, ValueError: An option of the wrong type or out of range.
+
+    Note:
+        Cost: T^2 log T operations; one launch on a GPU.
+    """
+    check_krum(num_byzantine, num_selected, distance)
+    if not _extension.kernels_on(gramian.device.type):
+        return reference.krum(gramian, mask, num_byzantine, num_selected, distance)
+    euclidean = distance == "euclidean"
+    return torch.ops.fastmtl.krum(gramian, mask, num_byzantine, num_selected, euclidean)
+
+
+def check_krum(num_byzantine: int, num_selected: int, distance: str) -> None:
+    """Raise where an option of `krum` is of the wrong type or out of range."""
+    whole("num_byzantine", num_byzantine, 0)
+    whole("num_selected", num_selected, 1)
+    choice("distance", distance, DISTANCES)
+
+
+def projected_gradient(
+    gramian: Tensor,
+    start: Tensor,
+    mask: Tensor | None = None,
+    pull: Tensor | None = None,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    ridge: float = 0.0,
+    num_steps: int = 1,
+    scale_free: bool = False,
+    rate: Tensor | None = None,
+) -> Tensor:
+    """Weights after projected gradient steps on the simplex: ``w - lr v``, projected, with ``v = A (w + pull) + ...``.
+
+    In each step ``v <- momentum v + A (w + pull) + ridge w``, from ``v = 0``, and w becomes the nearest point to
+    ``w - lr v`` that is not negative and has the sum of w.
+
+    Args:
+        gramian: ``[K, B T, B T]`` float64, symmetric, of T tasks on B batches of data, one batch after the other. With
+            one batch it is A; with more, A are the products of the first batch's gradients with the second's. A task
+            takes part where it is present in all batches.
+        start: w, ``[K, T]`` float64, not negative; tasks that do not take part keep what they have.
+        mask: bool ``[K, B T]``, or None.
+        pull: ``[K, T]`` float64; None: 0.
+        lr: Step size.
+        momentum: 0 to below 1.
+        ridge: Pull towards equal weights.
+        num_steps: How many steps.
+        scale_free: Divide A by the square of the mean norm, with ``A_tt`` as squared norms, where they are above 0.
+        rate: One number ``[1]`` float64 on the device that multiplies ``lr``; None: 1.
+
+    Returns:
+        ``[K, T]`` float64; all NaN where what takes part is not finite.
+
+    Raises:
+        ValueError: Weights of a shape that does not fit.
+
+    Note:
+        Cost: T^2 multiply-adds a step; one launch on a GPU.
+
+    Example:
+        >>> import torch, fastmtl
+        >>> m, w = torch.diag(torch.tensor([1., 4.])).double()[None], torch.full((1, 2), 0.5).double()
+        >>> fastmtl.ops.projected_gradient(m, w, lr=0.1, num_steps=100)  # MGDA's
+        tensor([[0.8000, 0.2000]], dtype=torch.float64)
+    """
+    if not _extension.kernels_on(gramian.device.type):
+        return reference.projected_gradient(
+            gramian, start, mask, pull, lr, momentum, ridge, num_steps, scale_free, rate
+        )
+    return torch.ops.fastmtl.projected_gradient(
+        gramian, mask, start, pull, rate, lr, momentum, ridge, num_steps, scale_free
+    )
+
+
+def random_weights(rng: Tensor, present: Tensor, distribution: str, dtype: torch.dtype = torch.float64) -> Tensor:
+    """Random weights that sum to 1 over the present tasks; see `fastmtl.random.random_weights`.
+
+    Args:
+        rng: int64 ``[2]``: seed and step.
+        present: bool ``[K, T]``.
+        distribution: One of `fastmtl.random.DISTRIBUTIONS`.
+        dtype: Of the result.
+
+    Returns:
+        ``[K, T]``, 0 for absent tasks: the same on all devices, to rounding.
+
+    Raises:
+        TypeError, ValueError: An unknown distribution.
+
+    Note:
+        Cost: ten rounds of multiplications per task; one launch on a GPU.
+    """
+    choice("distribution", distribution, DISTRIBUTIONS)
+    if dtype != torch.float64 or not _extension.kernels_on(present.device.type):
+        return reference.random_weights(rng, present, distribution, dtype)
+    return torch.ops.fastmtl.random_weights(present, rng, DISTRIBUTIONS.index(distribution))
+
+
 def _per_task(name: str, values: Tensor | None, gramian: Tensor) -> Tensor | None:
     """Numbers ``[T]`` or ``[K, T]`` as the operators take them; ValueError for another shape."""
     if values is None:
@@ -677,6 +798,12 @@ def _register() -> None:
     def gradvac_fake(gramian: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
         return gramian.new_empty(gramian.shape[:2]), torch.empty_like(gramian)
 
+    def start_fake(gramian: Tensor, mask: Tensor | None, start: Tensor, *args: Any) -> Tensor:
+        return torch.empty_like(start)
+
+    def present_fake(present: Tensor, rng: Tensor, distribution: int) -> Tensor:
+        return present.new_empty(present.shape, dtype=torch.float64)
+
     fakes = {
         "gram": gram_fake,
         "combine": combine_fake,
@@ -692,6 +819,9 @@ def _register() -> None:
         "spectral": weights_fake,
         "fairgrad": min_norm_fake,
         "cagrad": min_norm_fake,
+        "krum": weights_fake,
+        "projected_gradient": start_fake,
+        "random_weights": present_fake,
         "is_symmetric": yes,
     }
     for name, fake in fakes.items():

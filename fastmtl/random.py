@@ -1,6 +1,6 @@
 """Random numbers of a training step: a pure function of (seed, step), the same on every device and every rank.
 
-The generator is counter-based (Philox), in plain PyTorch on the device: no host synchronisation, and a replay of a
+The generator is counter-based (Philox), on the device: no host synchronisation, and a replay of a
 captured CUDA graph draws anew once the step's number, a tensor on the device, has been advanced.
 """
 
@@ -51,7 +51,8 @@ def random_weights(rng: Tensor, present: Tensor, distribution: str, dtype: torch
         ValueError: An unknown distribution.
 
     Note:
-        Cost: about 100 elementwise operations on a few numbers per task, whatever T is.
+        Cost: about 100 elementwise operations on a few numbers per task, whatever T is. `fastmtl.ops.random_weights` is
+        the same in one.
 
     Reference:
         Lin, Ye, Zhang, Tsang, "Reasonable Effectiveness of Random Weighting: A Litmus Test for Multi-Task Learning",

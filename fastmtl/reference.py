@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fastmtl.random import random_weights as random_weights  # in plain PyTorch
 from fastmtl.rows import Gradients, Rows, as_rows
 
 
@@ -539,6 +540,87 @@ def equal_cosines(
         elif abs(w.sum()) > 1e-12 * np.abs(w).sum():
             weights[k, tasks] = w / w.sum()
     return _like(gramian, weights)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def krum(
+    gramian: Tensor,
+    mask: Tensor | None = None,
+    num_byzantine: int = 0,
+    num_selected: int = 1,
+    distance: str = "squared",
+) -> Tensor:
+    """As `fastmtl.ops.krum`, task by task."""
+    weights = np.zeros(gramian.shape[:2])
+    for k, tasks, m in _problems(gramian, mask):
+        if not np.isfinite(m).all():
+            weights[k] = np.nan
+            continue
+        n = tasks.size
+        sums = m.diagonal()[:, None] + m.diagonal()
+        distances = sums - 2 * m
+        distances = np.where(distances > 1e-14 * sums, distances, 0)  # less is rounding
+        if distance == "euclidean":
+            distances = np.sqrt(distances)
+        neighbours = max(n - num_byzantine - 2, 1)
+        scores = [sum(sorted(np.delete(distances[i], i))[:neighbours]) for i in range(n)]
+        selected = sorted(range(n), key=lambda i: scores[i])[:num_selected]
+        weights[k, tasks[selected]] = 1 / max(len(selected), 1)
+    return _like(gramian, weights)
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def projected_gradient(
+    gramian: Tensor,
+    start: Tensor,
+    mask: Tensor | None = None,
+    pull: Tensor | None = None,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    ridge: float = 0.0,
+    num_steps: int = 1,
+    scale_free: bool = False,
+    rate: Tensor | None = None,
+) -> Tensor:
+    """As `fastmtl.ops.projected_gradient`, step by step."""
+    _problems(gramian, mask)  # its checks
+    t = start.shape[-1]
+    batches = gramian.shape[-1] // max(t, 1)
+    if start.shape != (gramian.shape[0], t) or batches * t != gramian.shape[-1]:
+        raise ValueError(f"start: expected [K, T] for {gramian.shape[-1]} rows, found {list(start.shape)}")
+    present = None if mask is None else mask.unflatten(-1, (batches, t)).all(-2)
+    first, second = gramian[:, :t, :t], gramian[:, :t, t : 2 * t]
+    added = np.zeros(start.shape) if pull is None else _to_host(pull)
+    length = lr * (1.0 if rate is None else float(_to_host(rate)[0]))
+    weights = _to_host(start).copy()
+    for k, tasks, a in _problems(first if batches < 2 else second, present):
+        w, p = weights[k, tasks], added[k, tasks]
+        if not (np.isfinite(a).all() and np.isfinite(w + p).all()):
+            weights[k] = np.nan
+            continue
+        norms = np.sqrt(a.diagonal().clip(min=0))
+        if scale_free and norms.any():
+            a = a / norms.mean() ** 2
+        velocity = np.zeros_like(w)
+        for _ in range(num_steps):
+            velocity = momentum * velocity + a @ (w + p) + ridge * w
+            w = _project_onto_simplex(w - length * velocity, weights[k, tasks].sum())
+        weights[k, tasks] = w
+    return _like(gramian, weights)
+
+
+def _project_onto_simplex(x: Floats, total: float) -> Floats:
+    """The nearest point with ``x >= 0, sum x = total``.
+
+    Reference:
+        Duchi, Shalev-Shwartz, Singer, Chandra: Efficient Projections onto the l1-Ball. ICML 2008, Figure 1.
+    """
+    if x.size == 0 or total <= 0:
+        return np.zeros_like(x)
+    descending = np.sort(x - x.max())[::-1]
+    thresholds = (descending.cumsum() - total) / np.arange(1, x.size + 1)
+    shifted: Floats = x - x.max() - thresholds[(descending > thresholds).sum() - 1]
+    return shifted.clip(min=0)
 
 
 def _given(name: str, values: Tensor | None, gramian: Tensor) -> Floats | None:

@@ -26,11 +26,27 @@ class _Missing:
 
 _C: Any = _extension.module or _Missing()
 
-__all__ = ["cagrad", "dual_cone", "fairgrad", "frank_wolfe", "gradvac", "min_norm", "pcgrad", "visiting_order"]
+__all__ = [
+    "aligned_mtl",
+    "cagrad",
+    "dual_cone",
+    "equal_cosines",
+    "fairgrad",
+    "frank_wolfe",
+    "gradvac",
+    "krum",
+    "min_norm",
+    "pcgrad",
+    "projected_gradient",
+    "random_weights",
+    "simplex_lp",
+    "visiting_order",
+]
 
 Floats = NDArray[np.float64]
 Ints = NDArray[np.int64]
 
+DISTRIBUTIONS = ("normal", "uniform", "dirichlet", "bernoulli", "constrained_bernoulli")
 _ORDERS = {"random": 0, "fixed": 1, "shared": 2}
 
 
@@ -478,6 +494,178 @@ def _spectral(gramian: ArrayLike, mask: ArrayLike | None, preference: ArrayLike 
     return weights.reshape(shape)
 
 
+def simplex_lp(
+    gramian: ArrayLike,
+    objective: ArrayLike,
+    bounds: ArrayLike,
+    extra: ArrayLike,
+    extra_bound: ArrayLike,
+    mask: ArrayLike | None = None,
+) -> tuple[Floats, Floats]:
+    """Solve the linear program ``max q.w`` over ``w >= 0, sum w = 1, M w >= b, e.w >= f``: what EPO does in each step.
+
+    Args:
+        gramian: M, ``[..., T, T]``, symmetric.
+        objective: q, ``[..., T]``.
+        bounds: b, ``[..., T]``; -inf: no bound.
+        extra: e, ``[..., T]``.
+        extra_bound: f, ``[...]``; -inf: no bound.
+        mask: bool ``[..., T]``: which tasks take part, as variables and as bounds; None: all.
+
+    Returns:
+        The weights ``[..., T]``, and ``[...]``: 0; or, where no w meets the bounds, by how much the weights returned
+        miss one of them, in units of its largest coefficient. All NaN where anything that takes part is not finite.
+
+    Raises:
+        TypeError: An array is not of real numbers or bool, as described.
+        ValueError: A shape does not fit, or ``gramian`` is not symmetric.
+
+    Note:
+        Cost: the simplex method, about T pivots of T^2 multiply-adds. Bounds hold, and the objective is reached, to
+        about 1e-9 of the largest coefficients.
+
+    Example:
+        >>> simplex_lp([[1, -0.5], [-0.5, 2]], [3, 1], [0, 0], [0, 0], 0)[0].round(4)
+        array([0.8, 0.2])
+    """
+    m, present, batch = _problems(gramian, mask)
+    shape = (*batch, m.shape[-1])
+    each = [
+        _shaped(name, values, shape).reshape(m.shape[:2])
+        for name, values in (("objective", objective), ("bounds", bounds), ("extra", extra))
+    ]
+    weights, violation = _C.simplex_lp(m, present, *each, _shaped("extra_bound", extra_bound, batch).reshape(-1))
+    return weights.reshape(shape), violation.reshape(batch)
+
+
+def krum(
+    gramian: ArrayLike,
+    num_byzantine: int = 0,
+    num_selected: int = 1,
+    distance: str = "squared",
+    mask: ArrayLike | None = None,
+) -> Floats:
+    """Weights of Krum: the gradients that lie closest to the others.
+
+    Args:
+        gramian: ``[..., T, T]``, symmetric.
+        num_byzantine: f, at least 0: a score adds up the distances to the ``n - f - 2`` closest of n present tasks, at
+            least to one.
+        num_selected: How many tasks have equal weights, at least 1; at most n.
+        distance: ``"squared"`` or ``"euclidean"``.
+        mask: bool ``[..., T]``: which tasks take part; None: all. Entries of the others are not used.
+
+    Returns:
+        Weights ``[..., T]``; 0 for absent tasks; all NaN where an entry that takes part is not finite.
+
+    Raises:
+        TypeError: An argument is not of the type described.
+        ValueError: A shape does not fit, ``gramian`` is not symmetric, or an option is out of range.
+
+    Note:
+        Cost: T^2 log T operations.
+
+    Reference:
+        Blanchard et al.: Machine Learning with Adversaries. NeurIPS 2017; see `fastmtl.Krum`.
+
+    Example:
+        >>> g = np.array([[1.0, 0.0], [1.2, 0.0], [0.9, 0.1], [-9.0, 5.0]])
+        >>> krum(g @ g.T, num_byzantine=1, num_selected=2)
+        array([0.5, 0. , 0.5, 0. ])
+    """
+    f, selected = whole("num_byzantine", num_byzantine, 0), whole("num_selected", num_selected, 1)
+    euclidean = choice("distance", distance, ("squared", "euclidean")) == "euclidean"
+    m, present, batch = _problems(gramian, mask)
+    weights: Floats = _C.krum(m, present, f, selected, euclidean)
+    return weights.reshape(*batch, m.shape[-1])
+
+
+def projected_gradient(
+    gramian: ArrayLike,
+    start: ArrayLike,
+    mask: ArrayLike | None = None,
+    pull: ArrayLike | None = None,
+    lr: float = 0.1,
+    momentum: float = 0.0,
+    ridge: float = 0.0,
+    num_steps: int = 1,
+    scale_free: bool = False,
+) -> Floats:
+    """Take projected gradient steps on the simplex, as SDMGrad and MoDo do.
+
+    In each step ``v <- momentum v + A (w + pull) + ridge w``, from ``v = 0``, and w becomes the nearest point to
+    ``w - lr v`` that is not negative and has the sum of w.
+
+    Args:
+        gramian: ``[..., B T, B T]``, symmetric, of T tasks on B batches of data, one batch after the other. With one
+            batch it is A; with more, A are the products of the first batch's gradients with the second's. A task takes
+            part where it is present in all batches.
+        start: w, ``[..., T]``, not negative; tasks that do not take part keep what they have.
+        mask: bool ``[..., B T]``; None: all.
+        pull: ``[..., T]``; None: 0.
+        lr: Step size.
+        momentum: 0 to below 1.
+        ridge: Pull towards equal weights.
+        num_steps: How many steps.
+        scale_free: Divide A by the square of the mean norm, with ``A_tt`` as squared norms, where they are above 0.
+
+    Returns:
+        ``[..., T]``; all NaN where what takes part is not finite.
+
+    Raises:
+        TypeError: An argument is not of the type described.
+        ValueError: A shape does not fit, ``gramian`` is not symmetric, or an option is out of range.
+
+    Note:
+        Cost: T^2 multiply-adds a step.
+
+    Example:
+        >>> projected_gradient(np.diag([1.0, 4.0]), [0.5, 0.5], num_steps=100).round(4)  # MGDA's
+        array([0.8, 0.2])
+    """
+    m, present, batch = _problems(gramian, mask)
+    w = _real("start", start)
+    if w.ndim != len(batch) + 1 or w.shape[:-1] != batch or m.shape[-1] % max(w.shape[-1], 1):
+        raise ValueError(f"start: expected shape {[*batch, 'T']} for B T = {m.shape[-1]} rows, found {list(w.shape)}")
+    flat = (len(m), w.shape[-1])
+    added = None if pull is None else _shaped("pull", pull, w.shape).reshape(flat)
+    numbers = real("lr", lr), real("momentum", momentum), real("ridge", ridge), whole("num_steps", num_steps, 0)
+    weights: Floats = _C.projected_gradient(m, present, w.reshape(flat), added, *numbers, scale_free)
+    return weights.reshape(w.shape)
+
+
+def random_weights(mask: ArrayLike, distribution: str = "normal", seed: int = 0, step: int = 0) -> Floats:
+    """Draw random weights that sum to 1 over the tasks that take part: RLW, RandomGradWeights.
+
+    Args:
+        mask: bool ``[..., T]``: which tasks take part.
+        distribution: As for `fastmtl.random.random_weights`.
+        seed: Of the draws.
+        step: Also: a new value gives new ones.
+
+    Returns:
+        Weights ``[..., T]``; 0 for absent tasks.
+
+    Raises:
+        TypeError: An argument is not of the type described.
+        ValueError: An unknown distribution, or a seed or step that is no 64-bit integer.
+
+    Reference:
+        Lin et al.: Reasonable Effectiveness of Random Weighting. TMLR 2022.
+
+    Example:
+        >>> random_weights([True, True, False], "bernoulli", seed=1).sum()
+        np.float64(1.0)
+    """
+    kind = DISTRIBUTIONS.index(choice("distribution", distribution, DISTRIBUTIONS))
+    present = np.asarray(mask)
+    if present.dtype != np.bool_ or present.ndim == 0:
+        raise TypeError(f"mask: expected an array of bool, found {present.dtype} of shape {list(present.shape)}")
+    flat = present.reshape(int(np.prod(present.shape[:-1], dtype=np.int64)), present.shape[-1])
+    weights: Floats = _C.random_weights(flat, _int64("seed", seed), _int64("step", step), kind)
+    return weights.reshape(present.shape)
+
+
 def visiting_order(num_tasks: int, seed: int = 0, step: int = 0, problem: int = 0) -> Ints:
     """The random orders in which the tasks meet each other.
 
@@ -511,6 +699,13 @@ def _real(name: str, values: ArrayLike) -> Floats:
     if array.dtype.kind not in "fiu":
         raise TypeError(f"{name}: expected an array of real numbers, found dtype {array.dtype}")
     return array.astype(np.float64)
+
+
+def _shaped(name: str, values: ArrayLike, shape: tuple[int, ...]) -> Floats:
+    array = _real(name, values)
+    if array.shape != shape:
+        raise ValueError(f"{name}: expected shape {list(shape)}, found {list(array.shape)}")
+    return array
 
 
 def _problems(gramian: ArrayLike, mask: ArrayLike | None) -> tuple[Floats, Any, tuple[int, ...]]:

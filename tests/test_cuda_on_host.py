@@ -28,7 +28,7 @@ RUNTIME += ("test_elementwise.cpp", "test_solvers.cpp")
 # gram_long is about rounding alone and says most with few ranges: see test_few_ranges.
 SUITES = ("gram_registers", "gram_tensor_cores", "gram_tables", "combine", "grad_drop", "trimmed_mean")
 SUITES += ("min_norm", "bounded_min_norm", "dual_cone", "frank_wolfe", "simplex_lp", "cagrad", "fairgrad", "spectral")
-SUITES += ("pcgrad", "gradvac")
+SUITES += ("pcgrad", "gradvac", "krum", "projected_gradient", "random_weights")
 WORKERS = min(2, os.cpu_count() or 1)
 HALF_FLAGS = ["HALF_OPERATORS", "HALF_CONVERSIONS", "BFLOAT16_CONVERSIONS", "HALF2_OPERATORS"]  # as torch compiles .cu
 COMMON_FLAGS = ["-std=c++17", "-O1", "-g1", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas"]

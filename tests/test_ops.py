@@ -695,6 +695,14 @@ def example_calls() -> dict[str, list[tuple]]:
         "dual_cone": [(gramian, None, targets, 0.0), (gramian, mask, targets[:, :1].contiguous(), 1e-6)],
         "pcgrad": [(gramian, mask, None, rng, 0, False, True), (gramian, None, order, None, 1, True, False)],
         "gradvac": [(gramian, mask, None, rng, 0, targets, 0.1, False, True)],
+        "simplex_lp": [(gramian, mask, two, two, two, two[:, 0].contiguous())],
+        "krum": [(gramian, None, 0, 2, False), (gramian, mask, 1, 1, True)],
+        "projected_gradient": [
+            (gramian, mask, two.abs(), None, None, 0.1, 0.0, 0.0, 1, False),
+            (gramian, None, two.abs(), two, two[0, :1].contiguous(), 0.1, 0.5, 0.1, 3, True),
+            (torch.zeros(2, 6, 6, dtype=torch.float64), None, two.abs(), None, None, 0.1, 0.5, 0.1, 3, True),
+        ],
+        "random_weights": [(mask, rng, n) for n in range(5)],
     }
 
 
@@ -715,6 +723,8 @@ def everything(jacobian: Tensor, params: list[Tensor], apart: list[Tensor], rng:
     weights, gap = ops.min_norm(gramian)
     pcgrad = ops.pcgrad(per_layer, None, "random", rng)
     gradvac, moved = ops.gradvac(gramian, targets, None, "shared", rng)
+    steps = ops.projected_gradient(gramian, weights, None, weights, num_steps=3, scale_free=True)
+    others = [ops.krum(per_layer), steps, ops.random_weights(rng, per_layer[:, 0] > -9, "normal")]
     total = torch.zeros(3, 4)
     ops.combine_(ops.as_rows([apart]), weights, [total])
     half = [x.half() for x in apart]
@@ -724,6 +734,7 @@ def everything(jacobian: Tensor, params: list[Tensor], apart: list[Tensor], rng:
         ops.combine(jacobian, gradvac + weights),
         *ops.combine([half], weights, dtype=torch.float32),
         *ops.combine(params, pcgrad, [0, 1]),
+        *others,
     ]
 
 
@@ -787,6 +798,8 @@ def test_backward_through_an_operator_says_that_there_is_none() -> None:
         "dual_cone": ops.dual_cone(gramian, torch.eye(3)[None])[0],
         "pcgrad": ops.pcgrad(gramian, order="fixed"),
         "gradvac": ops.gradvac(gramian, torch.zeros(1, 3, 3, dtype=torch.float64), order="fixed")[0],
+        "krum": ops.krum(gramian),
+        "projected_gradient": ops.projected_gradient(gramian, torch.ones(1, 3, dtype=torch.float64)),
     }
     for name, result in results.items():
         with pytest.raises(RuntimeError, match=f"fastmtl.ops.{name} is not differentiable"):

@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import numpy as np
 import pytest
@@ -464,11 +465,30 @@ def test_gradvac_is_finite_for_targets_of_one(target: float) -> None:
 
 # ---- What all solvers have in common ---------------------------------------------------------------------------------
 
+
+def projected_gradient(lib: Any, m: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """From equal weights of the tasks present."""
+    present = torch.ones(m.shape[:2], dtype=torch.bool) if mask is None else mask
+    start = present.to(m.dtype) / present.sum(-1, keepdim=True).clamp(min=1)
+    weights: torch.Tensor = lib.projected_gradient(m, start, mask, start, 0.01, 0.5, 0.1, 9, True)
+    return weights
+
+
+def simplex_lp(lib: Any, m: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+    """The longest way down for the first present task, where none goes up."""
+    first = m[:, 0].detach().contiguous()
+    weights: torch.Tensor = lib.simplex_lp(m, first, torch.zeros_like(first), first, first[:, 0] - torch.inf, mask)[0]
+    return weights
+
+
 SOLVERS: dict[str, Callable] = {
     "min_norm": lambda lib, m, mask: lib.min_norm(m, mask)[0],
     "dual_cone": lambda lib, m, mask: lib.dual_cone(m, torch.full_like(m[:, :1], 0.5), mask)[0][:, 0],
     "pcgrad": lambda lib, m, mask: lib.pcgrad(m, mask, "fixed"),
     "pcgrad_mean": lambda lib, m, mask: lib.pcgrad(m, mask, "fixed", None, True, "mean"),
+    "krum": lambda lib, m, mask: lib.krum(m, mask, 0, 2),
+    "projected_gradient": lambda lib, m, mask: projected_gradient(lib, m, mask),
+    "simplex_lp": lambda lib, m, mask: simplex_lp(lib, m, mask),
     "gradvac": lambda lib, m, mask: lib.gradvac(m, torch.full_like(m, 0.3), mask, "fixed")[0],
 }
 each_solver = pytest.mark.parametrize("name", SOLVERS)

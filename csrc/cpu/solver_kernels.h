@@ -47,7 +47,17 @@ FASTMTL_SOLVER double cagrad(const Problem& problem, double c, double* scratch, 
   return cagrad_problem(HostTeam(), problem, c, scratch, weights);
 }
 
-constexpr SolverKernels kSolverKernels = {min_norm,       bounded_min_norm, frank_wolfe, dual_cone, simplex_lp,
-                                          one_pcgrad_row, one_gradvac_row,  fairgrad,    cagrad,    spectral};
+FASTMTL_SOLVER void krum(const Problem& problem, const Krum& method, double* scratch, double* weights) {
+  krum_problem(HostTeam(), problem, method, scratch, weights);
+}
+
+FASTMTL_SOLVER void projected_gradient(const Problem& problem, const ProjectedGradient& method, double* scratch,
+                                       double* weights) {
+  projected_gradient_problem(HostTeam(), problem, method, scratch, weights);
+}
+
+constexpr SolverKernels kSolverKernels = {min_norm,       bounded_min_norm,  frank_wolfe, dual_cone, simplex_lp,
+                                          one_pcgrad_row, one_gradvac_row,   fairgrad,    cagrad,    spectral,
+                                          krum,           projected_gradient};
 
 #undef FASTMTL_SOLVER

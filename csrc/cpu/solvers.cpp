@@ -12,8 +12,11 @@
 #include "../solvers/fairgrad.h"
 #include "../solvers/frank_wolfe.h"
 #include "../solvers/gradvac.h"
+#include "../solvers/krum.h"
 #include "../solvers/min_norm.h"
 #include "../solvers/pcgrad.h"
+#include "../solvers/projected_gradient.h"
+#include "../solvers/random_weights.h"
 #include "../solvers/simplex_lp.h"
 #include "../solvers/spectral.h"
 #include "dispatch.h"
@@ -33,6 +36,8 @@ struct SolverKernels {
   double (*fairgrad)(const Problem&, const FairGrad&, double* scratch, double* weights);
   double (*cagrad)(const Problem&, double c, double* scratch, double* weights);
   void (*spectral)(const Problem&, const Spectral&, double* scratch, double* weights);
+  void (*krum)(const Problem&, const Krum&, double* scratch, double* weights);
+  void (*projected_gradient)(const Problem&, const ProjectedGradient&, double* scratch, double* weights);
 };
 
 }  // namespace
@@ -198,6 +203,28 @@ void spectral_cpu(const Problems& problems, const Spectral& method) {
   for_each_problem(problems, spectral_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
     kernels.spectral(problem_at(problems, k), method, scratch, method.weights + k * t);
   });
+}
+
+void krum_cpu(const Problems& problems, const Krum& method) {
+  const int64_t t = problems.num_tasks;
+  const SolverKernels& kernels = solver_kernels();
+  for_each_problem(problems, krum_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
+    kernels.krum(problem_at(problems, k), method, scratch, method.weights + k * t);
+  });
+}
+
+void projected_gradient_cpu(const Problems& problems, const ProjectedGradient& method) {
+  const int64_t t = problems.num_tasks;
+  const SolverKernels& kernels = solver_kernels();
+  for_each_problem(problems, projected_gradient_scratch(problems.num_tasks), [&](int64_t k, double* scratch) {
+    kernels.projected_gradient(problem_at(problems, k), method, scratch, method.weights + k * t);
+  });
+}
+
+void random_weights_cpu(const Problems& problems, const RandomWeights& method) {
+  for (int64_t k = 0; k < problems.count; ++k) {
+    random_weights_problem(HostTeam(), problem_at(problems, k), method, method.weights + k * problems.num_tasks);
+  }
 }
 
 }  // namespace fastmtl

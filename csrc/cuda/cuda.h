@@ -52,5 +52,11 @@ size_t fairgrad_cuda_scratch(const Problems&);
 cudaError_t fairgrad_cuda(const Problems&, const FairGrad&, void* scratch, cudaStream_t stream);
 size_t spectral_cuda_scratch(const Problems&);
 cudaError_t spectral_cuda(const Problems&, const Spectral&, void* scratch, cudaStream_t stream);
+size_t krum_cuda_scratch(const Problems&);
+cudaError_t krum_cuda(const Problems&, const Krum&, void* scratch, cudaStream_t stream);
+size_t projected_gradient_cuda_scratch(const Problems&);
+cudaError_t projected_gradient_cuda(const Problems&, const ProjectedGradient&, void* scratch, cudaStream_t stream);
+size_t random_weights_cuda_scratch(const Problems&);
+cudaError_t random_weights_cuda(const Problems&, const RandomWeights&, void* scratch, cudaStream_t stream);
 
 }  // namespace fastmtl

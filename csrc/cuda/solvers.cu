@@ -10,8 +10,11 @@
 #include "../solvers/fairgrad.h"
 #include "../solvers/frank_wolfe.h"
 #include "../solvers/gradvac.h"
+#include "../solvers/krum.h"
 #include "../solvers/min_norm.h"
 #include "../solvers/pcgrad.h"
+#include "../solvers/projected_gradient.h"
+#include "../solvers/random_weights.h"
 #include "../solvers/simplex_lp.h"
 #include "../solvers/spectral.h"
 #include "cuda.h"
@@ -125,6 +128,9 @@ int64_t team_doubles(const Spectral&, int num_tasks) { return spectral_scratch(n
 int64_t team_doubles(const FairGrad&, int num_tasks) { return fairgrad_scratch(num_tasks); }
 int64_t team_doubles(const CAGrad&, int num_tasks) { return cagrad_scratch(num_tasks); }
 int64_t team_doubles(const SimplexLp&, int num_tasks) { return simplex_lp_scratch(num_tasks); }
+int64_t team_doubles(const Krum&, int num_tasks) { return krum_scratch(num_tasks); }
+int64_t team_doubles(const ProjectedGradient&, int num_tasks) { return projected_gradient_scratch(num_tasks); }
+int64_t team_doubles(const RandomWeights&, int) { return 1; }  // none, but a launch has some
 
 template <class Team>
 __device__ __forceinline__ double solve(const Team& team, const Problem& problem, const SimplexLp& args, double* memory,
@@ -181,11 +187,35 @@ __device__ __forceinline__ double solve(const Team& team, const Problem& problem
   return detail::kNan;
 }
 
+template <class Team>
+__device__ __forceinline__ double solve(const Team& team, const Problem& problem, const Krum& args, double* memory,
+                                        double* weights) {
+  krum_problem(team, problem, args, memory, weights);
+  return 0;
+}
+
+template <class Team>
+__device__ __forceinline__ double solve(const Team& team, const Problem& problem, const ProjectedGradient& args,
+                                        double* memory, double* weights) {
+  projected_gradient_problem(team, problem, args, memory, weights);
+  return 0;
+}
+
+template <class Team>
+__device__ __forceinline__ double solve(const Team& team, const Problem& problem, const RandomWeights& args, double*,
+                                        double* weights) {
+  random_weights_problem(team, problem, args, weights);
+  return 0;
+}
+
 template <class Args>
 __device__ __forceinline__ void store_gap(const Args& args, int64_t problem, double gap) {
   args.gap[problem] = gap;
 }
 __device__ __forceinline__ void store_gap(const Spectral&, int64_t, double) {}  // has none
+__device__ __forceinline__ void store_gap(const Krum&, int64_t, double) {}
+__device__ __forceinline__ void store_gap(const ProjectedGradient&, int64_t, double) {}
+__device__ __forceinline__ void store_gap(const RandomWeights&, int64_t, double) {}
 
 template <class Team, class Args>
 __device__ __forceinline__ void solve_problem(const Team& team, const Problems& problems, const Args& args,
@@ -298,6 +328,26 @@ cudaError_t fairgrad_cuda(const Problems& problems, const FairGrad& args, void* 
 size_t spectral_cuda_scratch(const Problems& problems) { return team_scratch<Spectral>(problems); }
 
 cudaError_t spectral_cuda(const Problems& problems, const Spectral& args, void* scratch, cudaStream_t stream) {
+  return launch_teams(problems, args, scratch, stream);
+}
+
+size_t krum_cuda_scratch(const Problems& problems) { return team_scratch<Krum>(problems); }
+
+cudaError_t krum_cuda(const Problems& problems, const Krum& args, void* scratch, cudaStream_t stream) {
+  return launch_teams(problems, args, scratch, stream);
+}
+
+size_t projected_gradient_cuda_scratch(const Problems& problems) { return team_scratch<ProjectedGradient>(problems); }
+
+cudaError_t projected_gradient_cuda(const Problems& problems, const ProjectedGradient& args, void* scratch,
+                                    cudaStream_t stream) {
+  return launch_teams(problems, args, scratch, stream);
+}
+
+size_t random_weights_cuda_scratch(const Problems& problems) { return team_scratch<RandomWeights>(problems); }
+
+cudaError_t random_weights_cuda(const Problems& problems, const RandomWeights& args, void* scratch,
+                                cudaStream_t stream) {
   return launch_teams(problems, args, scratch, stream);
 }
 

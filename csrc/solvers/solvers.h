@@ -59,8 +59,8 @@ struct DualCone {
   double* gap;
 };
 
-// argmax of objective^T w [K,T] over the simplex with M w >= bounds [K,T], and extra [K,T] w >= extra_bound [K]; a bound
-// of -inf: none. gap [K]: 0; where there is no such w, by how much the w returned, the best one, misses.
+// argmax of objective^T w [K,T] over the simplex with M w >= bounds [K,T], and extra [K,T] w >= extra_bound [K]; a
+// bound of -inf: none. gap [K]: 0; where there is no such w, by how much the w returned, the best one, misses.
 struct SimplexLp {
   const double* objective;
   const double* bounds;
@@ -106,12 +106,46 @@ struct Spectral {
   double* weights;
 };
 
-// CAGrad: the direction within c |g_0| of the mean gradient g_0 whose least gain is largest. gap [K]: how much larger it
-// could be.
+// CAGrad: the direction within c |g_0| of the mean gradient g_0 whose least gain is largest. gap [K]: how much larger
+// it could be.
 struct CAGrad {
   double c;
   double* weights;
   double* gap;
+};
+
+// Equal weights for the `num_selected` tasks that lie closest to their neighbours, 0 for the others (krum.h).
+struct Krum {
+  int64_t num_byzantine;
+  int64_t num_selected;
+  bool euclidean;  // distances; else their squares
+  double* weights;
+};
+
+// Steps towards argmin of 1/2 w^T A w + pull^T A^T w on the simplex (projected_gradient.h). The problems have T tasks;
+// their Gramian and mask are those below, of B batches: [K, B T, B T] and [K, B T]. A: the block of the first batch's
+// rows and the second's columns, or the Gramian of the only one. A task is present if it is in all batches.
+struct ProjectedGradient {
+  const double* gramian;
+  const uint8_t* mask;  // or null
+  int32_t batches;
+  const double* start;  // [K,T]
+  const double* pull;   // [K,T] or null
+  const double* rate;   // one number that multiplies lr, or null
+  double lr;
+  double momentum;
+  double ridge;
+  int64_t num_steps;
+  bool scale_free;  // divide A by the square of the mean norm
+  double* weights;
+};
+
+// Random weights of sum 1 (random_weights.h); the problems' Gramian is not read, and may be null.
+enum class Distribution : int32_t { normal, uniform, dirichlet, bernoulli, constrained_bernoulli };
+struct RandomWeights {
+  Distribution distribution;
+  const int64_t* rng;  // [2]: seed, step
+  double* weights;
 };
 
 void min_norm_cpu(const Problems&, const MinNorm&);
@@ -124,5 +158,8 @@ void gradvac_cpu(const Problems&, const GradVac&);
 void fairgrad_cpu(const Problems&, const FairGrad&);
 void cagrad_cpu(const Problems&, const CAGrad&);
 void spectral_cpu(const Problems&, const Spectral&);
+void krum_cpu(const Problems&, const Krum&);
+void projected_gradient_cpu(const Problems&, const ProjectedGradient&);
+void random_weights_cpu(const Problems&, const RandomWeights&);
 
 }  // namespace fastmtl

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.checks import choice, whole
 from fastmtl.facts import Facts
 from fastmtl.surgery.base import CommonOptions, GradientMethod, Step
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-DISTANCES = ("squared", "euclidean")
-_NOISE = 1e-14  # of a squared distance, relative to the squared norms that it is the difference of
 
 
 class Krum(GradientMethod):
@@ -39,7 +36,7 @@ class Krum(GradientMethod):
             ``num_selected``.
 
     Note:
-        Cost: two sorts of T numbers per task, some 20 launches on a GPU, no synchronisation. No state, no randomness.
+        Cost: T^2 log T operations, one launch on a GPU, no synchronisation. No state, no randomness.
         Of equal scores the first task's counts as the smallest, as in the paper. Where tasks are absent, n is the
         number of those that are present; each then has at least one neighbour, and m is at most n.
         Distances come from the Gramian, as ``M_ii + M_jj - 2 M_ij``: those below about 1e-7 of the norms (of float32
@@ -68,11 +65,11 @@ class Krum(GradientMethod):
         super().__init__(**common)
         self.num_byzantine = whole("num_byzantine", num_byzantine, 0)
         self.num_selected = whole("num_selected", num_selected, 1)
-        self.distance = choice("distance", distance, DISTANCES)
+        self.distance = choice("distance", distance, ops.DISTANCES)
 
     def solve(self, step: Step) -> Tensor:
         """See `GradientMethod.solve`."""
-        m, present = step.gramian, step.present
+        m = step.gramian
         num_tasks = m.shape[-1]
         least = max(self.num_byzantine + 3, self.num_selected)
         if num_tasks < least:
@@ -80,19 +77,4 @@ class Krum(GradientMethod):
                 f"num_byzantine: {self.num_byzantine} wrong tasks and num_selected={self.num_selected} take at least "
                 f"{least} tasks, found {num_tasks}"
             )
-        squares = m.diagonal(dim1=-2, dim2=-1)
-        sums = squares.unsqueeze(-1) + squares.unsqueeze(-2)
-        distances = sums - 2 * m
-        distances = torch.where(distances > _NOISE * sums, distances, 0.0)
-        if self.distance == "euclidean":
-            distances = distances.sqrt()
-        others = present.unsqueeze(-2) & ~torch.eye(num_tasks, dtype=torch.bool, device=m.device)
-        nearest = torch.where(others, distances, float("inf")).sort(-1).values
-        count = present.sum(-1, keepdim=True)
-        neighbours = torch.minimum((count - self.num_byzantine - 2).clamp(min=1), count - 1).unsqueeze(-1)
-        place = torch.arange(num_tasks, device=m.device)
-        scores = torch.where(place < neighbours, nearest, 0.0).sum(-1)
-        order = torch.sort(torch.where(present, scores, float("inf")), dim=-1, stable=True).indices
-        shares = (place < count.clamp(max=self.num_selected)).to(m.dtype) / count.clamp(1, self.num_selected)
-        weights = torch.zeros_like(scores).scatter(-1, order, shares)
-        return torch.where(step.finite, weights, float("nan"))
+        return ops.krum(m, step.mask, self.num_byzantine, self.num_selected, self.distance)

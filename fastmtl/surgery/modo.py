@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.checks import real
 from fastmtl.facts import Facts
-from fastmtl.surgery.base import CommonOptions
+from fastmtl.surgery.base import CommonOptions, Step
 from fastmtl.surgery.several_batches import SeveralBatches
-from fastmtl.surgery.simplex import project_onto_simplex
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -40,7 +40,7 @@ class MoDo(SeveralBatches):
         ValueError: An option out of range; at the first step: losses that are not those of two or three batches.
 
     Note:
-        Cost: two or three times the backward passes; then some 20 operations on T numbers, no synchronisation. State:
+        Cost: two or three times the backward passes; then T^2 operations, no synchronisation. State:
         the weights, K T numbers, which move on finite steps in training mode.
 
     Reference:
@@ -72,7 +72,6 @@ class MoDo(SeveralBatches):
         super().__init__(num_tasks, scale_heads, **common)
         self.gamma, self.rho = real("gamma", gamma, 0, open=True), real("rho", rho, 0)
 
-    def improve(self, weights: Tensor, cross: Tensor, present: Tensor) -> Tensor:
+    def improve(self, weights: Tensor, step: Step, pull: Tensor | None) -> Tensor:
         """See `SeveralBatches.improve`."""
-        slope = (cross @ weights.unsqueeze(-1)).squeeze(-1) + self.rho * weights
-        return project_onto_simplex(weights - self.gamma * slope, present, weights.sum(-1, keepdim=True))
+        return ops.projected_gradient(step.gramian, weights, step.mask, lr=self.gamma, ridge=self.rho)

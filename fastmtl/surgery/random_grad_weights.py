@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.checks import choice
 from fastmtl.facts import Facts
-from fastmtl.random import DISTRIBUTIONS, new_rng, random_weights
+from fastmtl.random import DISTRIBUTIONS, new_rng
 from fastmtl.surgery.base import CommonOptions
 from fastmtl.surgery.gramian_free import GramianFree
 
@@ -69,7 +70,7 @@ class RandomGradWeights(GramianFree):
         """See `GramianFree.choose`."""
         if self.rng.device != present.device:
             self.rng = self.rng.to(present.device)
-        return random_weights(self.rng, present > 0, self.distribution, present.dtype)
+        return ops.random_weights(self.rng, present > 0, self.distribution, present.dtype)
 
     def advance(self, where: Tensor | bool) -> None:
         """See `GramianFree.advance`."""

@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.checks import preferences, real, whole
 from fastmtl.facts import Facts
-from fastmtl.surgery.base import CommonOptions
+from fastmtl.surgery.base import CommonOptions, Step
 from fastmtl.surgery.several_batches import SeveralBatches
-from fastmtl.surgery.simplex import project_onto_simplex
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -50,8 +50,8 @@ class SDMGrad(SeveralBatches):
         ValueError: An option out of range; at the first step: losses that are not those of three batches.
 
     Note:
-        Cost: three times the backward passes; then 20 operations on T numbers for each of ``num_steps``, no
-        synchronisation. State: w, K T numbers, which move on finite steps in training mode.
+        Cost: three times the backward passes; then T^2 operations for each of ``num_steps``, one launch on a
+        GPU, no synchronisation. State: w, K T numbers, which move on finite steps in training mode.
 
     Reference:
         Xiao, Ban, Ji, "Direction-oriented Multi-objective Learning: Simple and Provable Stochastic Algorithms", NeurIPS
@@ -94,27 +94,22 @@ class SDMGrad(SeveralBatches):
         if self.preference is not None and len(self.preference) != self.num_tasks:
             raise ValueError(f"preference: expected {self.num_tasks} numbers, found {len(self.preference)}")
 
-    def improve(self, weights: Tensor, cross: Tensor, present: Tensor) -> Tensor:
-        """See `SeveralBatches.improve`."""
-        if self.scale_free:
-            norms = cross.diagonal(dim1=-2, dim2=-1).clamp(min=0).sqrt()
-            mean = norms.sum(-1, keepdim=True) / present.sum(-1, keepdim=True).clamp(min=1)
-            cross = cross / torch.where(mean == 0, 1.0, mean).square().unsqueeze(-1)
-        pull = self.lam * self._preference(cross, present)
-        total = weights.sum(-1, keepdim=True)
-        velocity = torch.zeros_like(weights)
-        for _ in range(self.num_steps):
-            velocity = self.momentum * velocity + (cross @ (weights + pull).unsqueeze(-1)).squeeze(-1)
-            weights = project_onto_simplex(weights - self.lr * velocity, present, total)
-            weights = torch.where(present, weights, 0.0)
-        return weights
-
-    def combination(self, weights: Tensor, present: Tensor) -> Tensor:
-        """See `SeveralBatches.combination`."""
-        return weights + self.lam * self._preference(weights, present)
-
-    def _preference(self, like: Tensor, present: Tensor) -> Tensor:
-        """p, ``[K, T]``, of sum 1 over the present tasks; 0 where none of them counts."""
-        p = torch.where(present, self.per_task("preference", like), 0.0)
+    def pull(self, like: Tensor, present: Tensor | None) -> Tensor:
+        """See `SeveralBatches.pull`: lam p, of which p sums to 1 over the present tasks; 0 where none counts."""
+        p = self.per_task("preference", like).expand_as(like)
+        p = p if present is None else torch.where(present, p, 0.0)
         total = p.sum(-1, keepdim=True)
-        return p / torch.where(total == 0, 1.0, total)
+        return p * (self.lam / torch.where(total == 0, 1.0, total))
+
+    def improve(self, weights: Tensor, step: Step, pull: Tensor | None) -> Tensor:
+        """See `SeveralBatches.improve`."""
+        return ops.projected_gradient(
+            step.gramian,
+            weights,
+            step.mask,
+            pull,
+            lr=self.lr,
+            momentum=self.momentum,
+            num_steps=self.num_steps,
+            scale_free=self.scale_free,
+        )

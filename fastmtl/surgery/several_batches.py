@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from fastmtl.checks import whole
 from fastmtl.surgery.base import CommonOptions, GradientMethod, Step
@@ -46,23 +47,27 @@ class SeveralBatches(GradientMethod):
         self.scale_heads = scale_heads
         self.register_state("weights")
 
-    def improve(self, weights: Tensor, cross: Tensor, present: Tensor) -> Tensor:
+    def improve(self, weights: Tensor, step: Step, pull: Tensor | None) -> Tensor:
         """The next weights.
 
         Args:
-            weights: Those so far, ``[K, T]``; of absent tasks 0.
-            cross: Dot products of the gradients on the first batch with those on the second, ``[K, T, T]``, 0 where
-                one is absent.
-            present: bool ``[K, T]``.
+            weights: Those so far, ``[K, T]``.
+            step: Of the B T gradients.
+            pull: As `pull` says.
 
         Returns:
-            ``[K, T]``, not negative, of the same sum; what absent tasks have is not read.
+            ``[K, T]``, not negative, of the same sum; absent tasks keep theirs. NaN where what it reads is not finite.
         """
         raise NotImplementedError
 
-    def combination(self, weights: Tensor, present: Tensor) -> Tensor:
-        """What each task counts in the update, from its new weights, ``[K, T]``; 0 for absent tasks."""
-        return weights
+    def pull(self, like: Tensor, present: Tensor | None) -> Tensor | None:
+        """What is added to the weights in the update, ``[K, T]``, 0 for absent tasks; None: nothing.
+
+        Args:
+            like: ``[K, T]``.
+            present: bool ``[K, T]``; None: all.
+        """
+        return None
 
     def solve(self, step: Step) -> Tensor:
         """See `GradientMethod.solve`."""
@@ -74,16 +79,14 @@ class SeveralBatches(GradientMethod):
                 f"losses: {type(self).__name__}(num_tasks={t}) takes the losses of the tasks on several batches, one "
                 f"batch after the other: {wanted}, found {found}"
             )
-        present = step.present.unflatten(-1, (batches, t)).all(-2)
-        pairs = present.unsqueeze(-1) & present.unsqueeze(-2)
-        cross = torch.where(pairs, step.gramian[:, :t, t : 2 * t], 0.0)
-        kept = self.state("weights", cross, (groups, t), 1 / t)
-        moved = torch.where(present, self.improve(torch.where(present, kept, 0.0), cross, present), kept)
+        kept = self.state("weights", step.gramian, (groups, t), 1 / t)
+        present = None if step.mask is None else step.mask.unflatten(-1, (batches, t)).all(-2)
+        pull = self.pull(kept, present)
+        moved = self.improve(kept, step, pull)
         step.commit(kept, moved)
-        used = self.combination(torch.where(present, moved, 0.0), present)
-        used = torch.where(step.finite, used, float("nan"))
-        parts = [torch.zeros_like(used)] * 2 + [used] if batches == 3 else [used / 2] * 2
-        return torch.cat(parts, -1)
+        used = moved if present is None else torch.where(present, moved, 0.0)
+        used = torch.where(step.finite, used if pull is None else used + pull, float("nan"))
+        return pad(used, (2 * t, 0)) if batches == 3 else (used / 2).repeat(1, 2)
 
     def rescaled(self, weights: Tensor, present: Tensor) -> Tensor:
         """See `GradientMethod.rescaled`; the number of tasks is that of one batch."""

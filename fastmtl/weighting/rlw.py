@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fastmtl import ops
 from fastmtl.checks import choice
 from fastmtl.facts import Facts
-from fastmtl.random import DISTRIBUTIONS, new_rng, random_weights
+from fastmtl.random import DISTRIBUTIONS, new_rng
 from fastmtl.weighting.base import WeightedSum
 
 
@@ -27,7 +28,7 @@ class RLW(WeightedSum):
         TypeError, ValueError: An option of the wrong type, or an unknown one.
 
     Note:
-        Cost: about 100 small operations on the device, one ordinary backward pass, no synchronisation. State: the seed
+        Cost: one small launch on the device, one ordinary backward pass, no synchronisation. State: the seed
         and the step's number; it moves as `WeightedSum` says. The same weights on all ranks and devices.
 
     Reference:
@@ -52,6 +53,6 @@ class RLW(WeightedSum):
 
     def weigh(self, losses: Tensor, moves: Tensor) -> Tensor:
         """See `WeightedSum.weigh`."""
-        weights = random_weights(self.rng, ~losses.isnan().unsqueeze(0), self.distribution)[0]
+        weights = ops.random_weights(self.rng, ~losses.isnan().unsqueeze(0), self.distribution)[0]
         self.rng[1].add_(moves)
         return weights

@@ -1,5 +1,5 @@
-// The solvers on the device: PCGrad, GradVac and Frank-Wolfe against the papers' loops, min-norm by its optimality
-// conditions, FairGrad and the spectral weights by their equations.
+// The solvers on the device: PCGrad, GradVac, Frank-Wolfe, Krum and projected gradients against the papers' loops,
+// min-norm by its optimality conditions, FairGrad and the spectral weights by their equations.
 #include "../../csrc/cuda/cuda.h"
 #include "../../csrc/solvers/order.h"
 #include "../../csrc/solvers/simplex_lp.h"
@@ -10,15 +10,19 @@ namespace {
 
 using fastmtl::BoundedMinNorm;
 using fastmtl::CAGrad;
+using fastmtl::Distribution;
 using fastmtl::DualCone;
 using fastmtl::FairGrad;
 using fastmtl::FrankWolfe;
 using fastmtl::GradVac;
+using fastmtl::Krum;
 using fastmtl::MinNorm;
 using fastmtl::Order;
 using fastmtl::OrderKind;
 using fastmtl::PCGrad;
 using fastmtl::Problems;
+using fastmtl::ProjectedGradient;
+using fastmtl::RandomWeights;
 using fastmtl::SimplexLp;
 using fastmtl::Spectral;
 using fastmtl::SpectralRule;
@@ -460,6 +464,157 @@ void cagrad_case(const RandomProblems& data, double c) {
   }
 }
 
+void krum_case(const RandomProblems& data, int f, int selected, bool euclidean) {
+  ++check::num_cases;
+  const Problems& problems = data.problems;
+  const int t = data.t;
+  const check::Exact<double> weights(problems.count * t);
+  const check::Exact<char> scratch(fastmtl::krum_cuda_scratch(problems));
+  const std::string name = "krum T=" + std::to_string(t);
+  const Krum args = {f, selected, euclidean, weights.get()};
+  check::succeeded(name, fastmtl::krum_cuda(problems, args, scratch.get(), nullptr));
+  for (int64_t k = 0; k < problems.count; ++k) {
+    std::vector<std::pair<double, int>> scores;
+    std::vector<double> expected(t);
+    int present = 0;
+    for (int i = 0; i < t; ++i) present += data.present(k, i);
+    for (int i = 0; i < t; ++i) {
+      if (!data.present(k, i)) continue;
+      std::vector<double> distances;
+      for (int j = 0; j < t; ++j) {
+        if (j == i || !data.present(k, j)) continue;
+        const double squared = data.at(k, i, i) + data.at(k, j, j) - 2 * data.at(k, i, j);
+        distances.push_back(euclidean ? std::sqrt(squared) : squared);
+      }
+      std::sort(distances.begin(), distances.end());
+      distances.resize(std::min<size_t>(distances.size(), std::max(present - f - 2, 1)));
+      double score = 0;
+      for (double distance : distances) score += distance;
+      scores.push_back({score, i});
+    }
+    std::sort(scores.begin(), scores.end());
+    const int chosen = std::min(selected, present);
+    for (int n = 0; n < chosen; ++n) expected[scores[n].second] = 1.0 / chosen;
+    for (int i = 0; i < t; ++i) check::within(name, std::abs(weights[k * t + i] - expected[i]), 0);
+  }
+}
+
+// The nearest point of a simplex, by bisection for the threshold.
+void project(std::vector<double>& x, double total) {
+  double low = -1e9, high = 1e9;
+  for (int n = 0; n < 200; ++n) {
+    const double middle = (low + high) / 2;
+    double sum = 0;
+    for (double value : x) sum += std::max(value - middle, 0.0);
+    (sum > total ? low : high) = middle;
+  }
+  for (double& value : x) value = std::max(value - high, 0.0);
+}
+
+// data: of all batches.
+void projected_gradient_case(const RandomProblems& data, int batches, int64_t steps, bool pulled) {
+  ++check::num_cases;
+  const int t = data.t / batches, from = batches > 1 ? t : 0;
+  const int64_t count = data.problems.count;
+  const double lr = 0.5 / data.t, momentum = 0.4, ridge = 0.1;
+  const check::Exact<double> start(count * t), pull(count * t), weights(count * t), rate(1);
+  for (int64_t i = 0; i < count * t; ++i) {
+    start[i] = 1.0 / t;
+    pull[i] = 0.2 * (i % 3);
+  }
+  rate[0] = 0.5;
+  const Problems problems = {count, t, nullptr, nullptr};
+  const check::Exact<char> scratch(fastmtl::projected_gradient_cuda_scratch(problems));
+  const std::string name = "projected_gradient T=" + std::to_string(t) + " B=" + std::to_string(batches);
+  const double* pulls = pulled ? pull.get() : nullptr;
+  const ProjectedGradient args = {data.gramian.get(),
+                                  data.problems.mask,
+                                  batches,
+                                  start.get(),
+                                  pulls,
+                                  rate.get(),
+                                  lr,
+                                  momentum,
+                                  ridge,
+                                  steps,
+                                  pulled,
+                                  weights.get()};
+  check::succeeded(name, fastmtl::projected_gradient_cuda(problems, args, scratch.get(), nullptr));
+  for (int64_t k = 0; k < count; ++k) {
+    std::vector<int> tasks;
+    for (int i = 0; i < t; ++i) {
+      bool present = true;
+      for (int b = 0; b < batches; ++b) present &= data.present(k, b * t + i);
+      if (present) tasks.push_back(i);
+      if (!present) check::within(name + " absent", std::abs(weights[k * t + i] - 1.0 / t), 0);
+    }
+    const size_t n = tasks.size();
+    double mean = 0;
+    for (int i : tasks) mean += std::sqrt(std::max(data.at(k, i, from + i), 0.0)) / n;
+    const double unit = pulled && mean > 0 ? mean * mean : 1;
+    std::vector<double> w(n, 1.0 / t), velocity(n);
+    for (int64_t step = 0; step < steps; ++step) {
+      std::vector<double> moved(n);
+      for (size_t a = 0; a < n; ++a) {
+        double slope = ridge * w[a];
+        for (size_t b = 0; b < n; ++b) {
+          const double share = w[b] + (pulled ? pull[k * t + tasks[b]] : 0);
+          slope += data.at(k, tasks[a], from + tasks[b]) * share / unit;
+        }
+        velocity[a] = momentum * velocity[a] + slope;
+        moved[a] = w[a] - 0.5 * lr * velocity[a];
+      }
+      project(moved, static_cast<double>(n) / t);
+      w = moved;
+    }
+    for (size_t a = 0; a < n; ++a) check::within(name, std::abs(weights[k * t + tasks[a]] - w[a]), 1e-9);
+  }
+}
+
+// The definitions in random_weights.h and fastmtl/random.py, word by word.
+void random_weights_case(int64_t count, int t, bool masked, Distribution distribution) {
+  ++check::num_cases;
+  const check::Exact<uint8_t> mask(count * t);
+  for (int64_t i = 0; i < count * t; ++i) mask[i] = !masked || i % 3 != 1;
+  const check::Exact<int64_t> rng(2);
+  rng[0] = (int64_t{5} << 32) + 3;
+  rng[1] = (int64_t{9} << 32) + t;
+  const check::Exact<double> weights(count * t);
+  const Problems problems = {count, t, nullptr, mask.get()};
+  const std::string name = "random_weights T=" + std::to_string(t);
+  const check::Exact<char> scratch(fastmtl::random_weights_cuda_scratch(problems));
+  const RandomWeights args = {distribution, rng.get(), weights.get()};
+  check::succeeded(name, fastmtl::random_weights_cuda(problems, args, scratch.get(), nullptr));
+  for (int64_t k = 0; k < count; ++k) {
+    std::vector<double> u, expected(t);
+    for (uint32_t block = 0; u.size() < size_t(t) + 2; ++block) {
+      const fastmtl::Philox words =
+          fastmtl::philox({{block, static_cast<uint32_t>(k), static_cast<uint32_t>(t), 9}}, 3, 5);
+      for (uint32_t word : words.word) u.push_back((word + 0.5) / 4294967296.0);
+    }
+    double sum = 0;
+    int largest = -1;
+    for (int i = 0; i < t; ++i) {
+      if (!mask[k * t + i]) continue;
+      const double radius = std::sqrt(-2 * std::log(u[i / 2 * 2])), angle = 2 * M_PI * u[i / 2 * 2 + 1];
+      if (distribution == Distribution::normal)
+        expected[i] = std::exp(radius * (i % 2 == 0 ? std::cos(angle) : std::sin(angle)));
+      if (distribution == Distribution::uniform) expected[i] = std::exp(u[i]);
+      if (distribution == Distribution::dirichlet) expected[i] = -std::log(u[i]);
+      if (largest < 0 || u[i] > u[largest]) largest = i;
+      sum += expected[i];
+    }
+    double total = 0;
+    for (int i = 0; i < t; ++i) total += weights[k * t + i];
+    if (largest >= 0) check::within(name + " sum", std::abs(total - 1), 1e-12);
+    if (distribution == Distribution::bernoulli) continue;
+    if (distribution == Distribution::constrained_bernoulli && largest >= 0) expected[largest] = sum = 1;
+    for (int i = 0; i < t; ++i) {
+      check::within(name, std::abs(weights[k * t + i] - (sum > 0 ? expected[i] / sum : 0)), 1e-12);
+    }
+  }
+}
+
 // preference: of task i, i % 3 / 2, and so 0 for every third.
 void fairgrad_case(const RandomProblems& data, double alpha, bool weighted) {
   ++check::num_cases;
@@ -735,4 +890,48 @@ void cagrad() {
   check::within("cagrad: the mean freed of its conflict", std::abs(weights[0] - 3 * weights[1]), 1e-12);
   check::within("cagrad: gap where no gain is possible", gap[0], 1e-12);
   check::within("cagrad: finite weights although M is not", count_finite(weights.get() + 3, 3), 0);
+}
+
+void krum() {
+  for (int t = 1; t <= 40; ++t) krum_case(RandomProblems(2, t, t + 20, t % 2 == 0), t % 4, 1 + t % 3, t % 3 == 0);
+  krum_case(RandomProblems(1, 72, 100, true), 70, 80, false);  // too large for shared memory
+  krum_case(RandomProblems(2, 72, 100, true), 0, 1, true);
+
+  const RandomProblems data(2, 7, 20, false);
+  for (int i = 0; i < 7; ++i) {
+    for (int j = 0; j < 7; ++j) data.at(0, i, j) = i == j;  // all scores are equal
+  }
+  data.at(1, 2, 2) = NAN;
+  const check::Exact<double> weights(2 * 7);
+  const check::Exact<char> scratch(fastmtl::krum_cuda_scratch(data.problems));
+  const Krum args = {1, 1, true, weights.get()};
+  check::succeeded("krum", fastmtl::krum_cuda(data.problems, args, scratch.get(), nullptr));
+  check::within("krum: not the first of equal scores", std::abs(weights[0] - 1), 0);
+  check::within("krum: finite weights although M is not", count_finite(weights.get() + 7, 7), 0);
+}
+
+void projected_gradient() {
+  for (int t = 1; t <= 40; ++t) {
+    projected_gradient_case(RandomProblems(2, t, t + 20, t % 2 == 0), 1, 1 + t % 5, t % 3 == 0);
+  }
+  for (int batches : {2, 3}) {
+    for (int t : {1, 5, 20, 33})
+      projected_gradient_case(RandomProblems(2, batches * t, 9, t % 2 == 0), batches, 6, t > 9);
+  }
+  const RandomProblems data(1, 14, 20, false);
+  data.at(0, 8, 2) = NAN;
+  const check::Exact<double> start(7), weights(7);
+  for (int i = 0; i < 7; ++i) start[i] = 1;
+  const Problems problems = {1, 7, nullptr, nullptr};
+  const check::Exact<char> scratch(fastmtl::projected_gradient_cuda_scratch(problems));
+  const ProjectedGradient args = {data.gramian.get(), nullptr, 2, start.get(), nullptr, nullptr, 0.1, 0, 0, 1, false,
+                                  weights.get()};
+  check::succeeded("projected_gradient", fastmtl::projected_gradient_cuda(problems, args, scratch.get(), nullptr));
+  check::within("projected_gradient: finite weights although M is not", count_finite(weights.get(), 7), 0);
+}
+
+void random_weights() {
+  for (int t : {1, 2, 3, 4, 5, 31, 32, 33, 70}) {
+    for (int way = 0; way < 5; ++way) random_weights_case(3, t, (t + way) % 2 == 0, static_cast<Distribution>(way));
+  }
 }

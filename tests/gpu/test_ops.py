@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
+from fastmtl.random import DISTRIBUTIONS
 
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 TASKS = [1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17, 24, 25, 32, 33, 40, 48, 49, 56, 57, 64, 65, 130, 512]
@@ -205,6 +206,25 @@ def test_solvers_agree_with_their_cpu_kernels(num_tasks: int) -> None:
     for start in ("uniform", "pair"):
         expected = ops.frank_wolfe(gramian, mask, 50, 0.0, start)[0]
         close(ops.frank_wolfe(on_gpu[0], on_gpu[1], 50, 0.0, start)[0], expected, 1e-9)
+    for distance in ops.DISTANCES:
+        expected = ops.krum(gramian, mask, num_tasks // 4, 2, distance)
+        close(ops.krum(on_gpu[0], on_gpu[1], num_tasks // 4, 2, distance), expected, 0)
+    start, pull = torch.rand(2, 3, num_tasks, dtype=torch.float64)
+    options = {"lr": 0.1, "momentum": 0.5, "ridge": 0.1, "num_steps": 9, "scale_free": True}
+    expected = ops.projected_gradient(gramian, start, mask, pull, **options)
+    close(ops.projected_gradient(on_gpu[0], start.cuda(), on_gpu[1], pull.cuda(), **options), expected, 1e-9)
+    two = torch.cat([jacobian, jacobian.flip(2)], 1)
+    pair, both = two @ two.mT, mask.repeat(1, 2)
+    expected = ops.projected_gradient(pair, start, both, **options)
+    close(ops.projected_gradient(pair.cuda(), start.cuda(), both.cuda(), **options), expected, 1e-9)
+    for distribution in DISTRIBUTIONS:
+        expected = ops.random_weights(rng, mask, distribution)
+        close(ops.random_weights(on_gpu[2], on_gpu[1], distribution), expected, 1e-12)
+    program = gramian.sum(-1), torch.zeros_like(start), start, torch.full((3,), 0.1, dtype=torch.float64)
+    weights, missed = ops.simplex_lp(gramian, *program, mask)
+    found, found_missed = ops.simplex_lp(on_gpu[0], *(x.cuda() for x in program), on_gpu[1])
+    close(found_missed, missed, 1e-9)
+    close((found * program[0].cuda()).nansum(-1), (weights * program[0]).nansum(-1), 1e-7)
     for mode in ops.SCALE_MODES:
         close(ops.aligned_mtl(*on_gpu[:2], None, mode), ops.aligned_mtl(gramian, mask, None, mode), 1e-7)
     for length in ops.LENGTHS:
@@ -226,6 +246,8 @@ def test_solvers_give_nan_where_the_gramian_is_not_finite() -> None:
         ops.min_norm(gramian)[0],
         ops.dual_cone(gramian, gramian[:1].expand(2, -1, -1))[0],
         ops.pcgrad(gramian, order="fixed"),
+        ops.krum(gramian),
+        ops.projected_gradient(gramian, torch.ones_like(gramian[0, :2])),
     ):
         assert w[0].isfinite().all()
         assert w[1].isnan().all()

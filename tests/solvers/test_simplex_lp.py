@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from scipy.optimize import linprog
 
-from fastmtl import ops, reference
+from fastmtl import ops, reference, solvers
 from tests.samplers import SAMPLERS, Sampler, random, with_norms
 
 Floats = NDArray[np.float64]
@@ -162,3 +162,13 @@ def test_shapes_are_checked() -> None:
         wrong[i] = torch.zeros(3, 7, dtype=torch.float64)
         with pytest.raises(ValueError, match=f"{name}: "):
             ops.simplex_lp(*wrong)
+
+
+def test_numpy_entry() -> None:
+    arguments = Program(random, 6, 1, 2).arguments()
+    found, missed = solvers.simplex_lp(*(x[0].numpy() for x in arguments))
+    expected, violation = ops.simplex_lp(*arguments)
+    np.testing.assert_array_equal(found, expected[0])
+    assert missed == violation[0]
+    with pytest.raises(ValueError, match=r"extra: expected shape \[6\], found \[5\]"):
+        solvers.simplex_lp(*(x[0].numpy() for x in arguments[:3]), np.ones(5), 0.0)
