@@ -12,7 +12,6 @@ from fastmtl.checks import choice, real
 from fastmtl.facts import Facts
 from fastmtl.surgery.base import CommonOptions, Step
 from fastmtl.surgery.row_method import RawRows, Tracked, TrackingMethod
-from fastmtl.surgery.simplex import project_onto_simplex
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -111,13 +110,13 @@ class MoCo(TrackingMethod):
         share = torch.where(present, weights, 0.0)
         held = share.sum(-1, keepdim=True)
         w = share / held
-        gramian = torch.where(present.unsqueeze(-1) & present.unsqueeze(-2), step.gramian, 0.0)
-        slope = (gramian @ w.unsqueeze(-1)).squeeze(-1) + self.rho * w
-        moved = w - self.gamma / (steps + 1) ** self.gamma_decay * slope
+        rate = 1 / (steps + 1) ** self.gamma_decay
         if self.simplex == "softmax":
-            moved = torch.where(present, moved, -torch.inf).softmax(-1)
+            gramian = torch.where(present.unsqueeze(-1) & present.unsqueeze(-2), step.gramian, 0.0)
+            slope = (gramian @ w.unsqueeze(-1)).squeeze(-1) + self.rho * w
+            moved = torch.where(present, w - self.gamma * rate * slope, -torch.inf).softmax(-1)
         else:
-            moved = torch.where(present, project_onto_simplex(moved, present, torch.ones_like(held)), 0.0)
+            moved = ops.projected_gradient(step.gramian, w, step.mask, lr=self.gamma, ridge=self.rho, rate=rate)
         result = torch.where(step.finite, moved, torch.nan)
         step.commit(weights, torch.where(present, moved * held, weights))
         step.commit(steps, steps + 1)

@@ -24,8 +24,8 @@ def test_kernels_reference_and_numpy_agree(num_tasks: int, distance: str) -> Non
 def test_equal_scores_are_equal_whatever_is_added_first() -> None:
     """Two copies of a gradient, at both ends of the list, see the same distances in another order."""
     for seed in range(20):
-        g = np.random.default_rng(seed).standard_normal((40, 6)) * np.logspace(-3, 3, 40)[:, None]
-        g[0] = g[-1] = 0
+        x = np.random.default_rng(seed).standard_normal((19, 6))
+        g = np.vstack([np.zeros(6), x, -x, np.zeros(6)])  # 0 is the closest to all
         for solve in (ops.krum, reference.krum):
             weights = solve(torch.from_numpy(g @ g.T)[None], None, 1, 1)
             assert weights.argmax() == 0

@@ -56,7 +56,7 @@ def test_steps(solve: Any, batches: int, num_tasks: int) -> None:
             tasks = np.flatnonzero(present[k])
             a = m[k][np.ix_(tasks, tasks + (num_tasks if batches > 1 else 0))]
             if scale_free:
-                a = a / np.sqrt(a.diagonal().clip(0)).mean() ** 2
+                a = a / (np.sqrt(a.diagonal().clip(0)).mean() ** 2 or 1)
             expected = start[k].copy()
             expected[tasks] = steps_on(a, start[k, tasks], pull[k, tasks], lr * (rate or 1), 0.4, 0.2, n)
             np.testing.assert_allclose(found[k], expected, rtol=0, atol=1e-10)
