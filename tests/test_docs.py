@@ -37,7 +37,7 @@ def test_links(page: Path) -> None:
 def test_every_page_is_in_the_table_of_contents_and_listed() -> None:
     index = ROOT / "docs" / "index.md"
     _, _, contents = index.read_text().partition("```{toctree}\n")
-    entries = contents.partition("```")[0].split()
+    entries = re.findall(r"([^\s<>]+)>?$", contents.partition("```")[0], re.MULTILINE)
     pages = {page.stem for page in (ROOT / "docs").glob("*.md")} - {"index"}
     assert pages | {"api/index"} == {entry for entry in entries if not entry.startswith((":", "../"))}
     assert pages <= {Path(link).stem for link in LINK.findall(prose(index))}
