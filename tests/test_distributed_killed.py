@@ -22,7 +22,7 @@ pytestmark = pytest.mark.skipif(not dist.is_available(), reason="torch without t
 ROOT = Path(__file__).parents[1]
 EPOCHS = 2
 TIMEOUT = 100  # seconds for one job
-SECONDS = 15  # for the launcher to notice that a process has died, and to end the others
+SECONDS = 45  # for the launcher to notice that a process has died, and to end the others
 
 
 def launch(size: int, folder: Path, kill_before: int | None = None) -> tuple[int, str]:
