@@ -101,3 +101,28 @@ def conflict_averse_gap(m: Tensor, weights: Tensor, c: float) -> float:
     share = (weights - mean) / (weights - mean).sum()
     dual = mean @ m @ share + c * (mean @ m @ mean).sqrt() * (share @ m @ share).sqrt()
     return float((dual - (m @ weights).min()).abs() / m.diagonal().max())
+
+
+def krum_weights(m: Tensor, num_byzantine: int) -> Tensor:
+    """One for the task whose ``T - f - 2`` nearest others are closest in sum (Blanchard et al. 2017, section 4)."""
+    scores = []
+    for i in range(len(m)):
+        distances = [float(m[i, i] + m[j, j] - 2 * m[i, j]) ** 0.5 for j in range(len(m)) if j != i]
+        scores.append(sum(sorted(distances)[: len(m) - num_byzantine - 2]))
+    return torch.eye(len(m), dtype=torch.float64)[scores.index(min(scores))]
+
+
+def projected_steps(
+    a: Tensor, w: Tensor, pull: Tensor, lr: float, momentum: float, ridge: float, num_steps: int
+) -> Tensor:
+    """Projected gradient steps on the simplex (SDMGrad, MoDo), each projection by bisection for the threshold."""
+    velocity = torch.zeros_like(w)
+    for _ in range(num_steps):
+        velocity = momentum * velocity + a @ (w + pull) + ridge * w
+        x = w - lr * velocity
+        low, high = float(x.min()) - 1, float(x.max())
+        for _ in range(100):
+            middle = (low + high) / 2
+            low, high = (middle, high) if float((x - middle).clamp(min=0).sum()) > 1 else (low, middle)
+        w = (x - high).clamp(min=0)
+    return w

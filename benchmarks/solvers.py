@@ -1,14 +1,13 @@
 """How long does a method think about a ready Gramian, and how good is its answer?
 
 Gramians of random gradients whose norms differ by an order of magnitude. Ratios are to fastmtl's method object, which
-also checks its input; ``ops`` is what a training step calls. GradVac's targets move as the calls go on, for both. The
-error of PCGrad and GradVac (first step) is that of the weights, relative to their norm, with the same visiting orders
-in fp64; that of min-norm is the duality gap over the smallest squared norm: 0 at the optimum; that of UPGrad and
-DualProj the error of the direction, relative to its norm.
-error is that of the weights, relative to their norm, with the same visiting orders for PCGrad and GradVac (first step);
-that of min-norm is the duality gap over the smallest squared norm: 0 at the optimum. That of
-NashMTL and FairGrad is the largest error of an equation, against the terms it is summed from; that of CAGrad the
-duality gap over the largest squared norm.
+also checks its input; ``ops`` is what a training step calls. GradVac's targets, and the weights of SDMGrad and MoDo,
+move as the calls go on, for all. The error is that of the weights, relative to their norm: for PCGrad and GradVac with
+the same visiting orders, and with SDMGrad and MoDo of the first step. That of min-norm is the duality gap over the
+smallest squared norm: 0 at the optimum; that of UPGrad and DualProj the error of the direction, relative to its norm;
+that of NashMTL and FairGrad the largest error of an equation, against the terms it is summed from; that of CAGrad the
+duality gap over the largest squared norm. SDMGrad and MoDo get the Gramian of all their batches, TorchJD's the products
+of two. EPO, which TorchJD has not, and the weights that look at no gradients have no error.
 """
 
 from __future__ import annotations
@@ -51,6 +50,12 @@ def run(report: Report) -> None:
         _aligned_mtl(report, gramian)
         _imtl_g(report, gramian)
         _config(report, gramian)
+        _epo(report, gramian)
+        if num_tasks > 3:
+            _krum(report, gramian)
+        _sdmgrad(report, num_tasks)
+        _modo(report, num_tasks)
+        _plain(report, gramian)
 
 
 def _pcgrad(report: Report, gramian: Tensor) -> None:
@@ -210,6 +215,80 @@ def _config(report: Report, gramian: Tensor) -> None:
         providers["TorchJD"] = lambda: aggregator(jacobian)
         found["TorchJD"] = torch.linalg.solve(jacobian.T, aggregator(jacobian))
     _report(report, "ConFIG", gramian, providers, _errors(found, oracle.config_weights(gramian)))
+
+
+def _epo(report: Report, gramian: Tensor) -> None:
+    method, losses = fastmtl.EPO(), torch.ones(len(gramian), dtype=torch.float64)
+    _report(report, "EPO", gramian, {"fastmtl": lambda: method(gramian, losses=losses)}, {})
+
+
+def _krum(report: Report, gramian: Tensor) -> None:
+    method, batch = fastmtl.Krum(num_byzantine=1, distance="euclidean"), gramian[None]
+    providers: dict[str, Callable[[], Any]] = {
+        "fastmtl": lambda: method(gramian),
+        "fastmtl.ops": lambda: fastmtl.ops.krum(batch, None, 1, 1, "euclidean")[0],
+    }
+    if torchjd is not None:
+        weighting = torchjd.KrumWeighting(n_byzantine=1)
+        providers["TorchJD"] = lambda: weighting(gramian)
+    found = {name: f() for name, f in providers.items()}
+    _report(report, "Krum", gramian, providers, _errors(found, oracle.krum_weights(gramian, 1)))
+
+
+def _batches(num_tasks: int, count: int) -> Tensor:
+    """The Gramian of so many batches: a mean gradient per task, and noise."""
+    rows = torch.randn(num_tasks, 4 * num_tasks, dtype=torch.float64)
+    each = rows + 0.3 * torch.randn(count, *rows.shape, dtype=torch.float64)
+    flat = each.flatten(0, 1) / (4 * num_tasks) ** 0.5
+    return flat @ flat.T
+
+
+def _sdmgrad(report: Report, num_tasks: int) -> None:
+    gramian = _batches(num_tasks, 3)
+    options: dict[str, Any] = {"lr": 0.5, "momentum": 0.5}
+    cross = gramian[:num_tasks, num_tasks : 2 * num_tasks].contiguous()
+    new = lambda: fastmtl.SDMGrad(num_tasks, rescale="sum_to_one", **options)  # noqa: E731
+    method = new()
+    providers: dict[str, Callable[[], Any]] = {"fastmtl": lambda: method(gramian)}
+    found = {"fastmtl": new()(gramian)[2 * num_tasks :]}
+    if torchjd is not None:
+        weighting = torchjd.SDMGradWeighting(**options)
+        providers["TorchJD"] = lambda: weighting(cross)
+        found["TorchJD"] = torchjd.SDMGradWeighting(**options)(cross)
+    scaled = cross / cross.diagonal().clamp(min=0).sqrt().mean() ** 2
+    p = torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64)
+    expected = (oracle.projected_steps(scaled, p, 0.3 * p, 0.5, 0.5, 0.0, 20) + 0.3 * p) / 1.3
+    _report(report, "SDMGrad", cross, providers, _errors(found, expected))
+
+
+def _modo(report: Report, num_tasks: int) -> None:
+    gramian = _batches(num_tasks, 3)
+    cross = gramian[:num_tasks, num_tasks : 2 * num_tasks].contiguous()
+    method = fastmtl.MoDo(num_tasks)
+    providers: dict[str, Callable[[], Any]] = {"fastmtl": lambda: method(gramian)}
+    found = {"fastmtl": fastmtl.MoDo(num_tasks)(gramian)[2 * num_tasks :]}
+    if torchjd is not None:
+        weighting = torchjd.MoDoWeighting()
+        providers["TorchJD"] = lambda: weighting(cross)
+        found["TorchJD"] = torchjd.MoDoWeighting()(cross)
+    p = torch.full((num_tasks,), 1 / num_tasks, dtype=torch.float64)
+    _report(report, "MoDo", cross, providers, _errors(found, oracle.projected_steps(cross, p, 0 * p, 0.1, 0.0, 0.1, 1)))
+
+
+def _plain(report: Report, gramian: Tensor) -> None:
+    """What looks at no gradients."""
+    weights = torch.linspace(1, 2, len(gramian), dtype=torch.float64)
+    for name, method, theirs in (
+        ("Sum", fastmtl.Sum(), ("SumWeighting",)),
+        ("Mean", fastmtl.Mean(), ("MeanWeighting",)),
+        ("Constant", fastmtl.Constant(weights), ("ConstantWeighting", weights)),
+        ("RandomGradWeights", fastmtl.RandomGradWeights(), ("RandomWeighting",)),
+    ):
+        providers: dict[str, Callable[[], Any]] = {"fastmtl": lambda method=method: method(gramian)}  # type: ignore[misc]
+        if torchjd is not None:
+            weighting = getattr(torchjd, theirs[0])(*theirs[1:])
+            providers["TorchJD"] = lambda weighting=weighting: weighting(gramian)  # type: ignore[misc]
+        _report(report, name, gramian, providers, {})
 
 
 def _errors(found: dict[str, Tensor], expected: Tensor) -> dict[str, float]:
