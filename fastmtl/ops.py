@@ -683,7 +683,7 @@ def random_weights(rng: Tensor, present: Tensor, distribution: str, dtype: torch
     Args:
         rng: int64 ``[2]``: seed and step.
         present: bool ``[K, T]``.
-        distribution: One of `fastmtl.random.DISTRIBUTIONS`.
+        distribution: One of ``fastmtl.random.DISTRIBUTIONS``.
         dtype: Of the result.
 
     Returns:
