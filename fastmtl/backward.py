@@ -28,7 +28,7 @@ from fastmtl.engine import (
     weighed_losses,
 )
 from fastmtl.exchange import Exchange, describe_param, describe_params, finish, has_static_graph
-from fastmtl.losses import Losses, LossesLike, parse_losses
+from fastmtl.losses import Losses, LossesLike, parse_losses, stack_scalars
 from fastmtl.operate import operate
 from fastmtl.parameters import GroupsLike, ParamsLike, check_one_device, find_leaves, resolve_groups, resolve_params
 from fastmtl.passes import Passes
@@ -40,6 +40,7 @@ from fastmtl.shared import discover, discover_over_ranks, keep_shared, known_sha
 from fastmtl.surgery.amortized import Amortized
 from fastmtl.surgery.base import GradientMethod
 from fastmtl.surgery.constant import Sum
+from fastmtl.surgery.gramian_free import GramianFree
 from fastmtl.surgery.row_method import refuse_row_method
 from fastmtl.watch import tell
 from fastmtl.weighting.base import LossWeighting
@@ -342,6 +343,8 @@ class _Step:
             if method.positional:
                 method.remember(names)
             self._one_pass(method, self.passes, weights, self.max_norm)
+            if isinstance(method, GramianFree) and method.training:
+                method.advance(stack_scalars(self.losses.present).isfinite().all())
             tell(method, names, weights, losses=self.losses)
             return self.result(weights, None)
 

@@ -25,7 +25,7 @@ class GramianFree(GradientMethod):
         """
         raise NotImplementedError
 
-    def advance(self, where: Tensor | bool) -> None:
+    def advance(self, where: Tensor) -> None:
         """The weights have been used in training; state may move where ``where`` (bool scalar) holds."""
 
     def ready(self, present: Tensor) -> Tensor | None:
@@ -33,10 +33,7 @@ class GramianFree(GradientMethod):
         if self.apply_to == "normalized":
             return None
         there = present.to(torch.float32 if present.device.type == "mps" else torch.float64)
-        weights = self.rescaled(self.choose(there), present)
-        if self.training:
-            self.advance(True)
-        return weights
+        return self.rescaled(self.choose(there), present)
 
     def solve(self, step: Step) -> Tensor:
         """See `GradientMethod.solve`."""

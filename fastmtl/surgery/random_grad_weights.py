@@ -72,6 +72,6 @@ class RandomGradWeights(GramianFree):
             self.rng = self.rng.to(present.device)
         return ops.random_weights(self.rng, present > 0, self.distribution, present.dtype)
 
-    def advance(self, where: Tensor | bool) -> None:
+    def advance(self, where: Tensor) -> None:
         """See `GramianFree.advance`."""
         self.rng[1].add_(where)
