@@ -31,6 +31,14 @@ def test_every_public_method_is_listed() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
+def test_has_tests_of_its_own(name: str) -> None:
+    """A file of its name, or of its base class's, where a few lines make several methods."""
+    *package, file = methods.all_methods()[name].__module__.split(".")[1:]
+    files = [each.__module__.rpartition(".")[2] for each in methods.all_methods()[name].__mro__[:2]]
+    assert any((Path(__file__).parent / package[0] / f"test_{each}.py").exists() for each in files), file
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_from_name(name: str) -> None:
     options = {key: value for key, value in OPTIONS.get(name, {}).items() if key != "num_tasks"}
     for spelled in (name, name.upper(), name.lower(), "_".join(name), name[:2] + "-" + name[2:]):
