@@ -21,15 +21,26 @@ FASTMTL_HD Philox words_of(const int64_t* rng, int64_t group, int block) {
 FASTMTL_HD double uniform(uint32_t word) { return (word + 0.5) * (1.0 / 4294967296.0); }
 
 FASTMTL_HD double uniform_of(const int64_t* rng, int64_t group, int n) {
-  return uniform(words_of(rng, group, n / 4).word[n % 4]);
+  const Philox random = words_of(rng, group, n / 4);
+  const uint32_t pair[] = {n % 4 < 2 ? random.word[0] : random.word[2], n % 4 < 2 ? random.word[1] : random.word[3]};
+  return uniform(n % 2 == 0 ? pair[0] : pair[1]);  // an index would put the words on the stack
+}
+
+// The cosine or sine of a part of a full turn, from 0 to 1.
+FASTMTL_HD double turned(double part, bool cosine) {
+#if defined(__CUDA_ARCH__)
+  return cosine ? cospi(2 * part) : sinpi(2 * part);  // without the stack that large angles take
+#else
+  const double angle = 6.283185307179586 * part;
+  return cosine ? std::cos(angle) : std::sin(angle);
+#endif
 }
 
 FASTMTL_HD double normal_of(const int64_t* rng, int64_t group, int n) {
   const Philox random = words_of(rng, group, n / 4);
-  const int pair = n % 4 / 2 * 2;
-  const double radius = std::sqrt(-2 * std::log(uniform(random.word[pair])));
-  const double angle = 6.283185307179586 * uniform(random.word[pair + 1]);
-  return radius * (n % 2 == 0 ? std::cos(angle) : std::sin(angle));
+  const bool front = n % 4 < 2;
+  const double radius = std::sqrt(-2 * std::log(uniform(front ? random.word[0] : random.word[2])));
+  return radius * turned(uniform(front ? random.word[1] : random.word[3]), n % 2 == 0);
 }
 
 // The first present task that has a coin of 1, all 0 being left out: its place among them is a geometric law cut off.
