@@ -29,7 +29,7 @@ $(VENV)/test: $(VENV)/fastmtl
 	@touch $@
 
 $(VENV)/peers: $(VENV)/fastmtl # what the benchmarks compare with stays out of the environment of demo and tests
-	$(PIP) "torchjd[quadprog_projector]==0.18.0" && touch $@ || echo "NO COMPARISON WITH TORCHJD: it could not be installed"
+	$(PIP) "torchjd[full]==0.18.0" && touch $@ || echo "NO COMPARISON WITH TORCHJD: it could not be installed"
 
 $(VENV)/integrations: $(VENV)/test # so do the libraries of docs/integrations.md, at the versions that it names
 	$(PIP) torchjd==0.18.0 lightning==2.6.6 transformers==5.23.0 accelerate==1.15.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import importlib
+import importlib.util
 import math
 from collections.abc import Callable, Sequence
 from types import ModuleType
@@ -19,6 +20,14 @@ try:
     autojac = importlib.import_module("torchjd.autojac")
 except ImportError as error:
     print(f"NO COMPARISON WITH TORCHJD, its rows will be missing: {error} (pip install torchjd==0.18.0)")
+
+
+def installed(*packages: str) -> bool:
+    """Whether all are there: some of TorchJD's methods need solvers that it does not bring along."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    if missing:
+        print(f"without {', '.join(missing)} some rows of TorchJD are missing (pip install 'torchjd[full]')")
+    return not missing
 
 
 def torchjd_backward(

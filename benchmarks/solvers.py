@@ -153,7 +153,17 @@ def _fairgrad(report: Report, gramian: Tensor, alpha: float, name: str) -> None:
         "fastmtl": lambda: method(gramian),
         "fastmtl.ops": lambda: fastmtl.ops.fairgrad(batch, alpha=alpha)[0][0],
     }
-    if torchjd is not None:  # its NashMTL needs cvxpy and ECOS
+    if torchjd is not None and alpha == 1 and peers.installed("cvxpy", "ecos"):
+        factor = torch.linalg.cholesky(gramian)
+
+        def nash_mtl() -> Tensor:
+            """Its weights, from its combination of gradients that have this Gramian; brought to length sqrt(T)."""
+            found = torchjd.NashMTL(len(gramian), max_norm=0.0)(factor)
+            weights = torch.linalg.solve(factor.mT, found)
+            return weights * (len(gramian) / (weights @ gramian @ weights)).sqrt()
+
+        providers["TorchJD"] = nash_mtl
+    if torchjd is not None:
         weighting = torchjd.FairGradWeighting(alpha)
         providers["TorchJD FairGrad"] = lambda: weighting(gramian)
     errors = {by: oracle.fairness_error(gramian, f(), alpha) for by, f in providers.items()}
@@ -167,8 +177,11 @@ def _cagrad(report: Report, gramian: Tensor) -> None:
     providers: dict[str, Callable[[], Any]] = {
         "fastmtl": lambda: method(gramian),
         "fastmtl.ops": lambda: fastmtl.ops.cagrad(batch, c=RADIUS)[0][0],
-        "SciPy SLSQP": lambda: peers.slsqp_cagrad(gramian, RADIUS),  # TorchJD's CAGrad needs cvxpy and CLARABEL
+        "SciPy SLSQP": lambda: peers.slsqp_cagrad(gramian, RADIUS),
     }
+    if torchjd is not None and peers.installed("cvxpy", "clarabel"):
+        weighting = torchjd.CAGradWeighting(c=RADIUS)
+        providers["TorchJD"] = lambda: weighting(gramian)
     errors = {by: oracle.conflict_averse_gap(gramian, f(), RADIUS) for by, f in providers.items()}
     for by in ("fastmtl", "fastmtl.ops"):
         check(by, errors[by], 1e-9)
