@@ -77,6 +77,7 @@ class Amortized(GradientMethod):
         self.warmup_steps = whole("warmup_steps", warmup_steps, 0)
         self.max_conflict = None if max_conflict is None else real("max_conflict", max_conflict, 0, 1)
         self.needs_losses, self.scale_heads = method.needs_losses, method.scale_heads
+        self.several_batches = method.several_batches
         self.register_state("weights")
         self.register_state("conflict", (1,))
         self.counts = {"steps": 0, "age": 0}  # in all; since the last one that solved

@@ -61,7 +61,7 @@ class CRMOGM(GradientMethod):
         self.method = method
         self.alpha = real("alpha", alpha, 0, 1)
         self.needs_losses, self.scale_heads = method.needs_losses, method.scale_heads
-        self.single_group = method.single_group
+        self.single_group, self.several_batches = method.single_group, method.several_batches
         self.register_state("weights")
 
     def solve(self, step: Step) -> Tensor:

@@ -156,6 +156,15 @@ def test_in_the_layer_and_amortized() -> None:
     assert torch.equal(first, second)
 
 
+@pytest.mark.parametrize("inner", [fastmtl.SDMGrad, fastmtl.MoDo])
+def test_the_layer_refuses_what_it_refuses_alone(inner: type[GradientMethod]) -> None:
+    """Features of different batches have no products, whoever asks for them."""
+    alone = inner(2, scale_heads=False)
+    for method in (CRMOGM(alone), Amortized(alone), Amortized(CRMOGM(alone))):
+        with pytest.raises(ValueError, match=rf"{type(method).__name__}: needs the gradients of several batches"):
+            fastmtl.FeatureSurgery(method, 6)
+
+
 def test_errors() -> None:
     for method, message in (
         (MGDA, r"method: expected a gradient method .*construct it: MGDA\(\)"),
