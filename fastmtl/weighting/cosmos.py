@@ -56,7 +56,7 @@ class COSMOS(PreferenceScalarization):
         self,
         num_tasks: int,
         penalty: float = 1.0,
-        preference: Sequence[float] | None = None,
+        preference: Sequence[float] | Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> None:
         super().__init__(num_tasks, preference)

@@ -57,7 +57,7 @@ class PBI(PreferenceScalarization):
         self,
         num_tasks: int,
         theta: float = 5.0,
-        preference: Sequence[float] | None = None,
+        preference: Sequence[float] | Tensor | None = None,
         ideal: float | Sequence[float] | str = 0.0,
     ) -> None:
         super().__init__(num_tasks, preference)

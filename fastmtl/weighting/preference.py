@@ -24,9 +24,11 @@ class PreferenceScalarization(Scalarization):
 
     preference: Tensor
 
-    def __init__(self, num_tasks: int, preference: Sequence[float] | None = None) -> None:
+    def __init__(self, num_tasks: int, preference: Sequence[float] | Tensor | None = None) -> None:
         super().__init__(num_tasks)
         self.register_state("preference", (self.num_tasks,), 1 / self.num_tasks)
+        if isinstance(preference, Tensor):  # whose values `prefer` does not look at
+            preference = preference.tolist()
         self._first_preference = preference
         if preference is not None:
             self.prefer(preference)
@@ -35,8 +37,8 @@ class PreferenceScalarization(Scalarization):
         """Change the preference.
 
         Args:
-            preference: As for the constructor; or a tensor ``[T]``, whose values are not looked at, so that nothing is
-                synchronised.
+            preference: As for the constructor; but the values of a tensor ``[T]`` are not looked at, so that
+                nothing is synchronised.
 
         Raises:
             TypeError: Not a sequence of numbers.

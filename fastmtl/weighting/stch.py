@@ -70,7 +70,7 @@ class STCH(Epochs, PreferenceScalarization):
         self,
         num_tasks: int,
         mu: float = 0.1,
-        preference: Sequence[float] | None = None,
+        preference: Sequence[float] | Tensor | None = None,
         ideal: float | Sequence[float] | None = None,
         variant: str = "paper",
         warmup_epochs: int | None = None,

@@ -107,5 +107,8 @@ def test_errors_of_preferences(name: str, preference: object, error: type[Except
         kind(3, preference=preference)
     with pytest.raises(error, match=text):
         kind(3).prefer(preference)
+    if isinstance(preference, list):
+        with pytest.raises(ValueError, match=text):
+            kind(3, preference=torch.tensor(preference, dtype=torch.float64))
     with pytest.raises(TypeError, match="preference: expected one number per task, found None"):
         kind(3).prefer(None)
