@@ -169,7 +169,7 @@ class MultiDatasetTrainer(_SurgeryTrainer):
         together = _Together(train_dataset)
         super().__init__(*args, method=method, shared_params=shared_params, train_dataset=together, **kwargs)
         self.tasks = together.names
-        self.data_collator = _PerTask(self.data_collator, together.names)
+        self.data_collator = _PerTask(self.data_collator, together.names)  # type: ignore[has-type]
         self._rows: TaskGradients | None = None
 
     def training_step(
