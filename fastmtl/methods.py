@@ -6,11 +6,13 @@ import inspect
 from typing import Any
 
 from fastmtl import surgery, weighting
+from fastmtl.checks import whole
 from fastmtl.engine import Method
 from fastmtl.surgery.base import GradientMethod
 from fastmtl.weighting.base import LossWeighting
 
 QUESTIONS = ("magnitude", "velocity", "direction")
+WRAPPERS = ("Amortized", "CRMOGM")
 
 
 def all_methods() -> dict[str, type[Method]]:
@@ -30,12 +32,13 @@ def from_name(name: str, num_tasks: int | None = None, **options: Any) -> Method
     Args:
         name: A class's name in any case, with or without ``_`` and ``-``: ``"pcgrad"``, ``"uncertainty_weighting"``.
             ``python -m fastmtl methods`` lists them.
-        num_tasks: T, for methods that are made for one number of tasks; ignored by the others.
+        num_tasks: T, at least 1, for methods that are made for one number of tasks; checked, but not used, by the
+            others.
         options: The method's own.
 
     Raises:
-        ValueError: There is no such method, or it wants ``num_tasks``; the text lists the names.
-        TypeError: An option that the method has not, or lacks.
+        ValueError: There is no such method; the text lists the names. It wants ``num_tasks``, or that is below 1.
+        TypeError: An option that the method has not, or lacks; ``num_tasks`` is no whole number.
 
     Example:
         >>> import fastmtl
@@ -46,6 +49,13 @@ def from_name(name: str, num_tasks: int | None = None, **options: Any) -> Method
         raise TypeError(f"name: expected a method's name, found {name!r}")
     known = all_methods()
     by_key = {_key(each): each for each in known}
+    if num_tasks is not None:
+        num_tasks = whole("num_tasks", num_tasks, 1)
+    for wrapper in WRAPPERS:
+        if _key(name) == _key(wrapper):
+            raise ValueError(
+                f"name: {wrapper} wraps a method: fastmtl.{wrapper}(fastmtl.from_name(...)); found {name!r}"
+            )
     if _key(name) not in by_key:
         raise ValueError(f"name: no method is called {name!r}; there are {', '.join(known)}")
     method = known[by_key[_key(name)]]
@@ -55,6 +65,10 @@ def from_name(name: str, num_tasks: int | None = None, **options: Any) -> Method
             raise ValueError(f"num_tasks: {method.__name__} is made for one number of tasks, found None")
         if num_tasks is not None:
             options = {"num_tasks": num_tasks, **options}
+    for option, parameter in parameters.items():
+        variadic = parameter.kind is inspect.Parameter.VAR_KEYWORD
+        if parameter.default is inspect.Parameter.empty and not variadic and option not in options:
+            raise TypeError(f"{option}: {method.__name__} needs this option, found {', '.join(options) or 'none'}")
     return method(**options)
 
 

@@ -26,7 +26,8 @@ def test_every_public_method_is_listed() -> None:
     """All but base classes and wrappers, which say nothing of themselves."""
     public = {x for x in vars(fastmtl).values() if isinstance(x, type)}
     written = {x for x in classes(GradientMethod) | classes(LossWeighting) if x.__module__.startswith("fastmtl.")}
-    without = {GradientMethod, LossWeighting, fastmtl.RowMethod, fastmtl.Amortized, fastmtl.CRMOGM}
+    wrappers = {getattr(fastmtl, name) for name in methods.WRAPPERS}
+    without = {GradientMethod, LossWeighting, fastmtl.RowMethod} | wrappers
     assert written & public - without == {*methods.all_methods().values()}
 
 
@@ -58,6 +59,12 @@ def test_options_go_through() -> None:
         ((3,), {}, TypeError, "name: expected a method's name, found 3"),
         (("dwa",), {}, ValueError, "num_tasks: DWA is made for one number of tasks"),
         (("pcgrad",), {"colour": 1}, TypeError, "colour"),
+        (("pcgrad", "x"), {}, TypeError, "num_tasks: expected a whole number, found 'x'"),
+        (("dwa", 0), {}, ValueError, "num_tasks: expected at least 1, found 0"),
+        (("htw", 3), {"main": 0}, TypeError, "total_steps: HTW needs this option, found num_tasks, main"),
+        (("constant",), {}, TypeError, "weights: Constant needs this option, found none"),
+        (("cr_mogm",), {}, ValueError, r"name: CRMOGM wraps a method: fastmtl.CRMOGM\(.*found 'cr_mogm'"),
+        (("Amortized",), {}, ValueError, "name: Amortized wraps a method: .*found 'Amortized'"),
     ],
 )
 def test_from_name_refuses(arguments: tuple, options: dict[str, Any], error: type[Exception], text: str) -> None:
@@ -65,8 +72,9 @@ def test_from_name_refuses(arguments: tuple, options: dict[str, Any], error: typ
         fastmtl.from_name(*arguments, **options)
 
 
-def test_readme_has_the_table() -> None:
+def test_readme_has_the_table_and_the_wrappers() -> None:
     readme = (Path(__file__).parent.parent / "README.md").read_text()
+    assert all(f"fastmtl.{name}(" in readme for name in methods.WRAPPERS)
     assert methods.markdown() in readme, "README.md should have what `python -m fastmtl methods --markdown` prints"
 
 

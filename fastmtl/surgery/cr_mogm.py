@@ -31,7 +31,9 @@ class CRMOGM(GradientMethod):
     Note:
         Cost: the method's, and a few operations on T numbers per group. No synchronisation beyond the method's. State:
         T weights per group; it moves in training mode and on finite steps only. A task's first weight is the method's.
-        A task absent from a step has weight 0 there, and goes on from what it had. No randomness of its own.
+        A task absent from a step has weight 0 there, and goes on from what it had: where tasks are absent in turn,
+        the weights need not sum to what the method's do. No randomness of its own. Methods on the gradients themselves
+        are refused: the elementwise ones have no weights, and those that track gradients smooth these instead.
 
     Reference:
         Zhou, Zhang, Jiang, Zhong, Gu, Zhu, "On the Convergence of Stochastic Multi-Objective Gradient Manipulation and
