@@ -17,6 +17,7 @@ from torch import Tensor
 
 from fastmtl.random import random_weights as random_weights  # in plain PyTorch
 from fastmtl.rows import Gradients, Rows, as_rows
+from fastmtl.simplex import project_onto_simplex
 
 
 def _wide(device: torch.device) -> torch.dtype:
@@ -595,32 +596,21 @@ def projected_gradient(
     weights = _to_host(start).copy()
     for k, tasks, a in _problems(first if batches < 2 else second, present):
         w, p = weights[k, tasks], added[k, tasks]
+        if not w.size:
+            continue
         if not (np.isfinite(a).all() and np.isfinite(w + p).all()):
             weights[k] = np.nan
             continue
         norms = np.sqrt(a.diagonal().clip(min=0))
         if scale_free and norms.any():
             a = a / norms.mean() ** 2
-        velocity = np.zeros_like(w)
+        velocity, everyone = np.zeros_like(w), torch.ones(1, w.size, dtype=torch.bool)
+        total = torch.from_numpy(w.sum(keepdims=True)).unsqueeze(0)
         for _ in range(num_steps):
             velocity = momentum * velocity + a @ (w + p) + ridge * w
-            w = _project_onto_simplex(w - length * velocity, weights[k, tasks].sum())
+            w = project_onto_simplex(torch.from_numpy(w - length * velocity).unsqueeze(0), everyone, total)[0].numpy()
         weights[k, tasks] = w
     return _like(gramian, weights)
-
-
-def _project_onto_simplex(x: Floats, total: float) -> Floats:
-    """The nearest point with ``x >= 0, sum x = total``.
-
-    Reference:
-        Duchi, Shalev-Shwartz, Singer, Chandra: Efficient Projections onto the l1-Ball. ICML 2008, Figure 1.
-    """
-    if x.size == 0 or total <= 0:
-        return np.zeros_like(x)
-    descending = np.sort(x - x.max())[::-1]
-    thresholds = (descending.cumsum() - total) / np.arange(1, x.size + 1)
-    shifted: Floats = x - x.max() - thresholds[(descending > thresholds).sum() - 1]
-    return shifted.clip(min=0)
 
 
 def _given(name: str, values: Tensor | None, gramian: Tensor) -> Floats | None:

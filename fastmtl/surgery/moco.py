@@ -10,6 +10,7 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.checks import choice, real
 from fastmtl.facts import Facts
+from fastmtl.simplex import renormalize
 from fastmtl.surgery.base import CommonOptions, Step
 from fastmtl.surgery.row_method import RawRows, Tracked, TrackingMethod
 
@@ -45,8 +46,9 @@ class MoCo(TrackingMethod):
         State: T P numbers, the tracked gradients (float32 where the parameters have 16 bits), and as many again while a
         step runs; T weights per group, and the step's number. Cost: two passes over them besides the usual two;
         ``"normalized"``: one more. No synchronisation. The first update is ``beta`` times a combination of the first
-        gradients, since tracking starts at 0. An absent task keeps its tracked gradient and its weight; the others
-        share what is left. ``Result.gramian`` is that of the tracked gradients. Not for sparse gradients.
+        gradients, since tracking starts at 0. An absent task keeps its tracked gradient and its weight in the state;
+        those of the others are scaled to sum to 1 in this step, or are equal if all are 0. ``Result.gramian`` is that
+        of the tracked gradients. Not for sparse gradients.
 
     Reference:
         Fernando, Shen, Liu, Chaudhury, Murugesan, Chen, "Mitigating Gradient Bias in Multi-objective Learning: A
@@ -107,9 +109,7 @@ class MoCo(TrackingMethod):
         steps = self.state("steps", step.gramian, (1,), 0.0)
         weights = self.state("weights", step.gramian, (num_groups, num_tasks), 1 / num_tasks)
         present = step.present
-        share = torch.where(present, weights, 0.0)
-        held = share.sum(-1, keepdim=True)
-        w = share / held
+        w, held = renormalize(weights, present)
         rate = 1 / (steps + 1) ** self.gamma_decay
         if self.simplex == "softmax":
             gramian = torch.where(present.unsqueeze(-1) & present.unsqueeze(-2), step.gramian, 0.0)

@@ -12,8 +12,8 @@ from torch import Tensor
 from fastmtl import ops
 from fastmtl.checks import choice, reals
 from fastmtl.facts import Facts
+from fastmtl.simplex import project_onto_simplex
 from fastmtl.surgery.base import CommonOptions, GradientMethod, Step
-from fastmtl.surgery.simplex import project_onto_simplex
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack

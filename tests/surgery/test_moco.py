@@ -85,6 +85,22 @@ def test_absent_tasks_keep_theirs() -> None:
     torch.testing.assert_close(method.weights.sum(), torch.ones((), dtype=torch.float64))
 
 
+def test_tasks_of_weight_0_alone() -> None:
+    """They make the update by equal weights; what is kept stays."""
+    x = torch.nn.Parameter(torch.ones(2))
+    for simplex in ("projection", "softmax"):
+        method = MoCo(beta=1.0, gamma=1.0, beta_decay=0.0, simplex=simplex)
+        losses = [x[0] * 1.0, x[1] * 300.0, x.sum() * 300.0]
+        assert fastmtl.backward(losses, method, [x]).weights.tolist() == [1, 0, 0]
+        assert fastmtl.backward([None, x[1], None], method, [x]).weights.tolist() == [0, 1, 0]
+        assert method.weights.tolist() == [[1, 0, 0]]
+        method = MoCo(gamma=0.0)
+        fastmtl.backward([x[0], x[1], x[1]], method, [x])
+        method.weights.copy_(torch.tensor([[1, 0, 0]]))
+        assert fastmtl.backward([None, x[0], x[1]], method, [x]).weights.tolist() == [0, 0.5, 0.5]
+        assert fastmtl.backward([x[0], x[1], x[1]], method, [x]).weights.tolist() == [1, 0, 0]
+
+
 def test_state_is_as_exact_as_the_gradients() -> None:
     for dtype, kept in ((torch.bfloat16, torch.float32), (torch.float32, torch.float32), (torch.float64,) * 2):
         method = MoCo()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 import fastmtl
 from fastmtl import MGDA, GradientMethod, MoDo, SDMGrad
-from fastmtl.surgery.simplex import project_onto_simplex
+from fastmtl.simplex import project_onto_simplex
 from tests import nets
 from tests.asserts import assert_on_simplex, assert_same_state, assert_untouched
 from tests.nets import assert_grads, task_gradients, weighted_sum
@@ -63,6 +63,25 @@ def test_projection(num_tasks: int) -> None:
     for k in range(4):
         expected = nearest_on_simplex(x[k][present[k]].numpy(), float(total[k]))
         np.testing.assert_allclose(found[k][present[k]], expected, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("x", "expected"),
+    [
+        ([3e16, 1e16, 0.0], [1.0, 0.0, 0.0]),
+        ([1e17, 1e17, -1e17], [0.5, 0.5, 0.0]),
+        ([-1e17, -3e17, -2e17], [1.0, 0.0, 0.0]),
+        ([1e9 + 0.25, 1e9, -1e9], [0.625, 0.375, 0.0]),
+        ([1e9, 0.5, 0.25], [1.0, 0.0, 0.0]),
+        ([1e300, 1e300, 1e300], [1 / 3] * 3),
+    ],
+)
+def test_projection_of_large_entries(x: list[float], expected: list[float]) -> None:
+    """Also beside larger and smaller ones that are absent."""
+    far = torch.tensor([[1e305, *x, -1e305, math.nan]], dtype=torch.float64)
+    present = torch.tensor([[False, True, True, True, False, False]])
+    found = project_onto_simplex(far, present, torch.ones(1, 1, dtype=torch.float64))
+    np.testing.assert_allclose(found[present], expected, rtol=1e-15)
 
 
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 20])
