@@ -7,12 +7,15 @@ Each rank has a slice of one batch, and local losses whose average over the rank
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from fastmtl.losses import numbered
 
 Group = Any
 """A ``torch.distributed.ProcessGroup``; ``"auto"``: all ranks, if there are several; None: this rank alone."""
@@ -119,9 +122,16 @@ def ranks_over(members: Sequence[int]) -> Ranks:
     world = dist.group.WORLD
     key = (id(world), tuple(members))
     if key not in _own:
-        group = dist.new_group(list(members), use_local_synchronization=True)
+        group = dist.new_group(list(members), timeout=_timeout(world), use_local_synchronization=True)
         _own[key] = world, Ranks(group)
     return _own[key][1]
+
+
+def _timeout(group: Any) -> timedelta | None:
+    """How long its collectives wait, which no public way tells; None: unknown, so torch's default."""
+    devices = getattr(group, "_device_types", [])
+    options = group._get_backend(devices[0]).options if devices else None
+    return getattr(options, "_timeout", None)
 
 
 def members_of(process_group: Group) -> tuple[int, ...]:
@@ -169,10 +179,11 @@ def mean(loss_sum: Any, count: Any, process_group: Group = "auto") -> Any:
     Raises:
         TypeError: Not tensors.
         ValueError: Names or numbers of tasks that do not fit; a negative count.
+        RuntimeError: A rank has other tasks, or another order; on every rank.
 
     Note:
-        Cost: one all-reduce of T numbers, and one host synchronisation, to learn which tasks are absent. All ranks must
-        call it with the same tasks.
+        Cost: one all-gather of W numbers, to make sure that all ranks have the same tasks; one all-reduce of T numbers;
+        a host synchronisation after each. All ranks must call it.
 
     Example:
         >>> import torch, fastmtl
@@ -182,31 +193,47 @@ def mean(loss_sum: Any, count: Any, process_group: Group = "auto") -> Any:
     if isinstance(loss_sum, Mapping):
         if not isinstance(count, Mapping) or set(count) != set(loss_sum):
             raise ValueError(f"count: expected one per task ({', '.join(map(str, loss_sum))}), found {count!r}")
-        values = mean([*loss_sum.values()], [count[name] for name in loss_sum], process_group)
-        return dict(zip(loss_sum, values, strict=True))
+        counts = [count[name] for name in loss_sum]
+        return dict(zip(loss_sum, _means([*loss_sum.values()], counts, loss_sum, process_group), strict=True))
     if isinstance(loss_sum, Tensor) and loss_sum.dim() == 1:
         loss_sum = loss_sum.unbind(0)
     if not isinstance(loss_sum, Sequence):
-        return mean([loss_sum], [count], process_group)[0]
+        return _means([loss_sum], [count], numbered(1), process_group)[0]
     counts = list(count)
     if len(counts) != len(loss_sum):
         raise ValueError(f"count: expected {len(loss_sum)}, found {len(counts)}")
-    for t, x in enumerate(loss_sum):
+    return _means(loss_sum, counts, numbered(len(counts)), process_group)
+
+
+def _means(
+    sums: Sequence[Tensor | None], counts: Sequence[Any], names: Iterable[Any], process_group: Group
+) -> list[Tensor | None]:
+    """See `mean`."""
+    for t, x in enumerate(sums):
         if x is not None and not isinstance(x, Tensor):
             raise TypeError(f"loss_sum of task {t}: expected a tensor, found {type(x).__name__}")
-    device = next((x.device for x in loss_sum if x is not None), device_of(process_group))
+    device = next((x.device for x in sums if x is not None), device_of(process_group))
     here = torch.stack([torch.as_tensor(n, dtype=torch.float64, device=device) for n in counts])
     ranks = ranks_of(process_group)
+    if ranks is not None:
+        _check_same_tasks(ranks, [*map(str, names)], device)
     everywhere = (here if ranks is None else ranks.sum(here.clone())).tolist()
     if min(everywhere, default=0) < 0:
         raise ValueError(f"count: expected numbers of samples, found {everywhere}")
     size = 1 if ranks is None else ranks.size
-    return [None if x is None or n == 0 else x * (size / n) for x, n in zip(loss_sum, everywhere, strict=True)]
+    return [None if x is None or n == 0 else x * (size / n) for x, n in zip(sums, everywhere, strict=True)]
+
+
+@torch.compiler.disable  # type: ignore[untyped-decorator]
+def _check_same_tasks(ranks: Ranks, names: Sequence[str], device: torch.device) -> None:
+    from fastmtl.exchange import handshake
+
+    handshake(ranks, {"call": ["fastmtl.distributed.mean"], "tasks": names}, [], device)
 
 
 def device_of(process_group: Group) -> torch.device:
     """Where collectives take tensors from, for a rank that has none."""
     ranks = ranks_of(process_group)
-    if ranks is None or "gloo" in dist.get_backend(ranks.group):
+    if ranks is None or not torch.cuda.is_available() or "gloo" in dist.get_backend(ranks.group):
         return torch.device("cpu")
     return torch.device("cuda", torch.cuda.current_device())

@@ -6,6 +6,7 @@ import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
+from datetime import timedelta
 from functools import partial
 from inspect import signature
 from pathlib import Path
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import fastmtl
 from benchmarks import distributed as benchmark
-from tests.ranks import Ranks, processes
+from tests.ranks import TIMEOUT, Ranks, processes
 
 TASKS, BATCH, STEPS = 3, 12, 20
 Wrap = Callable[[nn.Module], Any]
@@ -532,6 +533,28 @@ def test_mean(ranks: Ranks) -> None:
         assert slope == pytest.approx(2 / 3)
 
 
+def mean_of_other_tasks(tasks: list[Any]) -> str:
+    """Names or a number of tasks per rank. The call after that is in order."""
+    mine, one = tasks[dist.get_rank()], torch.tensor(1.0)
+    named = isinstance(mine, str)
+    with pytest.raises(RuntimeError) as error:
+        fastmtl.distributed.mean(*((dict.fromkeys(mine, x) if named else [x] * mine) for x in (one, 1)))
+    assert fastmtl.distributed.mean(3 * one, 1 + dist.get_rank()) == 2
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "text"),
+    [
+        ((2, 3), "rank 1 has other tasks: task 2, where rank 0 has none"),
+        (("ab", "ba"), "rank 1 has other tasks: b, where rank 0 has a"),
+    ],
+)
+def test_mean_of_other_tasks_is_named_on_all(ranks: Ranks, tasks: list[Any], text: str) -> None:
+    for error in ranks.run(2, mean_of_other_tasks, tasks):
+        assert text in error
+
+
 def test_mean_of_one_process() -> None:
     assert fastmtl.distributed.mean(torch.tensor([6.0, 8.0]), [3, 4]) == [2.0, 2.0]
     assert fastmtl.distributed.mean([None, torch.tensor(0.0)], [0, 0]) == [None, None]
@@ -550,6 +573,32 @@ def test_mean_of_one_process() -> None:
 def test_mean_refuses(loss_sum: Any, count: Any, error: type[Exception], text: str) -> None:
     with pytest.raises(error, match=text):
         fastmtl.distributed.mean(loss_sum, count)
+
+
+# ---- our own process group -------------------------------------------------------------------------------------------
+
+
+def timeouts() -> list[Any]:
+    ours = fastmtl.distributed.ranks_of("auto")
+    assert ours is not None
+    return [group._get_backend(torch.device("cpu")).options._timeout for group in (dist.group.WORLD, ours.group)]
+
+
+def test_our_process_group_waits_as_long_as_the_default_one(ranks: Ranks) -> None:
+    for theirs, ours in ranks.run(2, timeouts):
+        assert ours == theirs == timedelta(seconds=TIMEOUT / 2)
+
+
+def device_behind_any_backend() -> str:
+    """Of a group that was made without a backend's name."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(dist, "get_backend", lambda group: "undefined")
+        patch.setattr(torch.cuda, "is_available", lambda: False)
+        return str(fastmtl.distributed.device_of("auto"))
+
+
+def test_device_without_cuda_is_the_cpu(ranks: Ranks) -> None:
+    assert ranks.run(2, device_behind_any_backend) == ["cpu", "cpu"]
 
 
 def test_process_group_is_checked() -> None:
