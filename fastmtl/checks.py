@@ -56,6 +56,17 @@ def whole(name: str, value: Any, low: int, high: int | None = None) -> int:
     return number
 
 
+def flag(name: str, value: Any) -> bool:
+    """True or False.
+
+    Raises:
+        TypeError: Anything else.
+    """
+    if not isinstance(value, bool):
+        raise TypeError(f"{name}: expected True or False, found {value!r}")
+    return value
+
+
 def choice(name: str, value: Any, options: tuple[str, ...]) -> str:
     """One of the options.
 

@@ -12,7 +12,8 @@ import torch
 
 import fastmtl
 from fastmtl import DWA, HTW, LBTW, MGDA, PELTR, GradNorm, GradVac, PCGrad, UncertaintyWeighting, ops
-from fastmtl.checks import choice, real, whole
+from fastmtl.checks import choice, flag, real, whole
+from fastmtl.methods import all_methods
 from fastmtl.surgery.base import CommonOptions
 from tests.test_ways_in import METHODS, make
 
@@ -24,6 +25,7 @@ def test_numbers() -> None:
     assert whole("x", np.int64(3), 0, 3) == 3
     assert type(whole("x", np.int64(3), 0)) is int
     assert choice("x", "b", ("a", "b")) == "b"
+    assert flag("x", False) is False
 
 
 @pytest.mark.parametrize(
@@ -145,6 +147,22 @@ def test_in_a_compiled_graph_where_numbers_are_symbols() -> None:
 def test_wrong_types(method: type, options: dict, name: str) -> None:
     with pytest.raises(TypeError, match=rf"^{name}: expected .*, found "):
         method(**options)
+
+
+FLAGS = [
+    (name, option)
+    for name, each in all_methods().items()
+    for option, parameter in inspect.signature(each).parameters.items()
+    if isinstance(parameter.default, bool)
+]
+
+
+@pytest.mark.parametrize(("name", "option"), FLAGS)
+def test_what_is_neither_true_nor_false(name: str, option: str) -> None:
+    assert getattr(make(name, **{option: True}), option) is True
+    for value in ("no", None, 1, torch.tensor(True)):
+        with pytest.raises(TypeError, match=rf"^{option}: expected True or False, found "):
+            make(name, **{option: value})
 
 
 def test_numbers_of_numpy_and_torch() -> None:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastmtl.checks import real
+from fastmtl.checks import flag, real
 from fastmtl.facts import Facts
 from fastmtl.surgery.base import CommonOptions, Step
 from fastmtl.surgery.row_method import RawRows, Tracked, TrackingMethod
@@ -65,7 +65,7 @@ class DBMTL(TrackingMethod):
     ) -> None:
         super().__init__(**common)
         self.beta, self.decay, self.eps = real("beta", beta, 0, 1), real("decay", decay, 0), real("eps", eps, 0)
-        self.scale_heads = scale_heads
+        self.scale_heads = flag("scale_heads", scale_heads)
         self.register_state("steps", (1,))
 
     def track(self, step: RawRows) -> Tracked:

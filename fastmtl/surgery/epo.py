@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.checks import preferences, real
+from fastmtl.checks import flag, preferences, real
 from fastmtl.facts import Facts
 from fastmtl.surgery.base import CommonOptions, GradientMethod, Step
 
@@ -73,7 +73,7 @@ class EPO(GradientMethod):
     ) -> None:
         super().__init__(**common)
         self.preference = preferences(preference, open=True)
-        self.relaxed = relaxed
+        self.relaxed = flag("relaxed", relaxed)
         self.eps = real("eps", eps, 0)
         self.positional = preference is not None
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from fastmtl.checks import real
+from fastmtl.checks import flag, real
 from fastmtl.facts import Facts
 from fastmtl.surgery.base import CommonOptions, Step
 from fastmtl.surgery.row_method import RawRows, Tracked, TrackingMethod
@@ -62,7 +62,7 @@ class ExcessMTL(TrackingMethod):
     def __init__(self, step_size: float = 1.0, scale_heads: bool = True, **common: Unpack[CommonOptions]) -> None:
         super().__init__(**common)
         self.step_size = real("step_size", step_size, 0)
-        self.scale_heads = scale_heads
+        self.scale_heads = flag("scale_heads", scale_heads)
         self.register_state("weights")
         self.register_state("initial")
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.checks import preferences
+from fastmtl.checks import flag, preferences
 from fastmtl.facts import Facts
 from fastmtl.surgery.base import CommonOptions, GradientMethod, Step
 
@@ -76,7 +76,7 @@ class FairGrad(GradientMethod):
         super().__init__(**common)
         self.alpha = ops.check_alpha(alpha)
         self.preference = preferences(preference)
-        self.scale_heads = scale_heads
+        self.scale_heads = flag("scale_heads", scale_heads)
         self.register_state("weights")
 
     def solve(self, step: Step) -> Tensor:

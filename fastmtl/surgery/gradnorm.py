@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.checks import choice, real
+from fastmtl.checks import choice, flag, real
 from fastmtl.facts import Facts
 from fastmtl.state import Epochs, commit
 from fastmtl.surgery.base import GradientMethod, Step
@@ -87,7 +87,7 @@ class GradNorm(Epochs, GradientMethod):
         self.alpha, self.lr = real("alpha", alpha, 0), real("lr", lr, 0, open=True)
         self.optimizer = choice("optimizer", optimizer, OPTIMIZERS)
         self.min_weight = real("min_weight", min_weight, 0, 1, open=True)
-        self.scale_heads = scale_heads
+        self.scale_heads = flag("scale_heads", scale_heads)
         self.renormalize = choice("renormalize", renormalize, RENORMALIZE)
         if steps_per_epoch is not None and renormalize != "epoch":
             raise ValueError(f"steps_per_epoch: {steps_per_epoch} has no effect without renormalize='epoch'")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.checks import real
+from fastmtl.checks import flag, real
 from fastmtl.facts import Facts
 from fastmtl.surgery.base import CommonOptions, RandomOrderMethod, Step
 
@@ -69,7 +69,7 @@ class GradVac(RandomOrderMethod):
     ) -> None:
         super().__init__(order, generator, **common)
         self.beta, self.init = real("beta", beta, 0, 1), real("init", init, -1, 1, open=True)
-        self.ema_first, self.ema_always = ema_first, ema_always
+        self.ema_first, self.ema_always = flag("ema_first", ema_first), flag("ema_always", ema_always)
         self.register_state("targets")
 
     def solve(self, step: Step) -> Tensor:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.checks import choice
+from fastmtl.checks import choice, flag
 from fastmtl.facts import Facts
 from fastmtl.surgery.base import CommonOptions, GradientMethod, Step
 
@@ -78,7 +78,7 @@ class MGDA(GradientMethod):
         self.tol = 1e-5 if tol is None else tol
         self.start = "uniform" if start is None else start
         ops.check_frank_wolfe(self.max_iter, self.tol, self.start)
-        self.scale_heads = scale_heads
+        self.scale_heads = flag("scale_heads", scale_heads)
 
     def solve(self, step: Step) -> Tensor:
         """See `GradientMethod.solve`."""

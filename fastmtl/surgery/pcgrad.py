@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.checks import choice
+from fastmtl.checks import choice, flag
 from fastmtl.facts import Facts
 from fastmtl.surgery.base import CommonOptions, RandomOrderMethod, Step
 
@@ -62,7 +62,7 @@ class PCGrad(RandomOrderMethod):
     ) -> None:
         super().__init__(order, generator, **common)
         self.reduction = choice("reduction", reduction, ("sum", "mean"))
-        self.include_self = include_self
+        self.include_self = flag("include_self", include_self)
 
     def solve(self, step: Step) -> Tensor:
         """See `GradientMethod.solve`."""

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.checks import choice, reals
+from fastmtl.checks import choice, flag, reals
 from fastmtl.facts import Facts
 from fastmtl.simplex import project_onto_simplex
 from fastmtl.surgery.base import CommonOptions, GradientMethod, Step
@@ -76,7 +76,7 @@ class PELTR(GradientMethod):
         if isinstance(self.lower_bounds, tuple):
             _check_sum(self.lower_bounds)
         self.solver = choice("solver", solver, ("exact", "relaxed"))
-        self.scale_heads = scale_heads
+        self.scale_heads = flag("scale_heads", scale_heads)
         self.positional = not isinstance(self.lower_bounds, float)
 
     def solve(self, step: Step) -> Tensor:

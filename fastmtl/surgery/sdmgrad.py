@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fastmtl import ops
-from fastmtl.checks import preferences, real, whole
+from fastmtl.checks import flag, preferences, real, whole
 from fastmtl.facts import Facts
 from fastmtl.surgery.base import CommonOptions, Step
 from fastmtl.surgery.several_batches import SeveralBatches
@@ -89,7 +89,7 @@ class SDMGrad(SeveralBatches):
         if self.momentum >= 1:
             raise ValueError(f"momentum: expected a number in [0, 1), found {momentum}")
         self.num_steps = whole("num_steps", num_steps, 1)
-        self.scale_free = scale_free
+        self.scale_free = flag("scale_free", scale_free)
         self.preference = preferences(preference)
         if self.preference is not None and len(self.preference) != self.num_tasks:
             raise ValueError(f"preference: expected {self.num_tasks} numbers, found {len(self.preference)}")

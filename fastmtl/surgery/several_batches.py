@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from fastmtl.checks import whole
+from fastmtl.checks import flag, whole
 from fastmtl.surgery.base import CommonOptions, GradientMethod, Step
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class SeveralBatches(GradientMethod):
     def __init__(self, num_tasks: int, scale_heads: bool, **common: Unpack[CommonOptions]) -> None:
         super().__init__(**common)
         self.num_tasks = whole("num_tasks", num_tasks, 1)
-        self.scale_heads = scale_heads
+        self.scale_heads = flag("scale_heads", scale_heads)
         self.register_state("weights")
 
     def improve(self, weights: Tensor, step: Step, pull: Tensor | None) -> Tensor:

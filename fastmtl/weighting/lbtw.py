@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fastmtl.checks import choice, real
+from fastmtl.checks import choice, flag, real
 from fastmtl.facts import Facts
 from fastmtl.state import Epochs, commit
 from fastmtl.weighting.base import WeightedSum
@@ -65,7 +65,7 @@ class LBTW(Epochs, WeightedSum):
         normalize: str = "none",
     ) -> None:
         super().__init__(num_tasks)
-        self.alpha, self.reset_each_epoch = real("alpha", alpha, 0), reset_each_epoch
+        self.alpha, self.reset_each_epoch = real("alpha", alpha, 0), flag("reset_each_epoch", reset_each_epoch)
         self.normalize = choice("normalize", normalize, NORMALIZE)
         if steps_per_epoch is not None and not reset_each_epoch:
             raise ValueError(f"steps_per_epoch: {steps_per_epoch} has no effect without reset_each_epoch=True")

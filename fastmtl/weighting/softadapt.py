@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from fastmtl.checks import real, whole
+from fastmtl.checks import flag, real, whole
 from fastmtl.facts import Facts
 from fastmtl.state import commit
 from fastmtl.weighting.base import WeightedSum
@@ -65,7 +65,8 @@ class SoftAdapt(WeightedSum):
     ) -> None:
         super().__init__(num_tasks)
         self.beta, self.order = real("beta", beta), whole("order", order, 1, 8)
-        self.normalized, self.loss_weighted = normalized, loss_weighted
+        self.normalized = flag("normalized", normalized)
+        self.loss_weighted = flag("loss_weighted", loss_weighted)
         self.register_state("history", (self.order + 1, self.num_tasks), float("nan"))  # oldest first
 
     def weigh(self, losses: Tensor, moves: Tensor) -> Tensor:
