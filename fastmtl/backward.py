@@ -30,7 +30,15 @@ from fastmtl.engine import (
 from fastmtl.exchange import Exchange, describe_param, describe_params, finish, has_static_graph
 from fastmtl.losses import Losses, LossesLike, parse_losses, stack_scalars
 from fastmtl.operate import operate
-from fastmtl.parameters import GroupsLike, ParamsLike, check_one_device, find_leaves, resolve_groups, resolve_params
+from fastmtl.parameters import (
+    GroupsLike,
+    ParamsLike,
+    check_one_device,
+    find_leaves,
+    group_members,
+    resolve_groups,
+    resolve_params,
+)
 from fastmtl.passes import Passes
 from fastmtl.result import Result
 from fastmtl.rows import Rows, ThroughBackward, ThroughGrad, constant_mask
@@ -193,13 +201,15 @@ def backward(
     passes = Passes(parsed, kinds, through, scale, retain_graph, by_id, chunk_size, row_dtype, gather)
     few = {} if gramian_params is None else resolve_params(gramian_params, model, "gramian_params")
     step = _Step(method, model, shared, known is not None, heads, few, passes, groups, nonfinite, max_norm, precision)
+    if isinstance(method, LossWeighting):
+        refuse_options(method, nonfinite=nonfinite, max_norm=max_norm, gramian_params=few or None)
+    elif few:
+        step.check_few()
     if ranks is not None:
         step.meet(ranks, scaler is not None, sharded)
 
     if isinstance(method, LossWeighting):
         return step.weigh_losses(method)
-    if few:
-        step.check_few()
     whole_pass = step.known and not step.grouped and nonfinite == "propagate" and not (hidden and model is None)
     once = whole_pass and _is_plain_sum(method)
     again = not once and (len(passes.present) > 1 or bool(few) or isinstance(method, Amortized))
@@ -293,6 +303,9 @@ class _Step:
         }
         if self.known and self.grouped:
             options["group of each parameter"] = resolve_groups(self.groups, self.shared, model)[0]
+        elif self.grouped and not isinstance(self.groups, str):
+            where = group_members(self.groups or (), model)
+            options["group of each parameter"] = [where.get(id(p)) for p in self.shared.values()]
         call = {
             "call": ["fastmtl.backward"],
             "options": [f"{name}={value}" for name, value in options.items()],
@@ -319,8 +332,6 @@ class _Step:
 
     def weigh_losses(self, method: LossWeighting) -> Result:
         """One pass for everything, the heads weighted too, as by ``method(losses).backward()``."""
-        gramian_params = self.few or None
-        refuse_options(method, nonfinite=self.nonfinite, max_norm=self.max_norm, gramian_params=gramian_params)
         num_groups = resolve_groups(self.groups, self.shared, self.model)[1]
         losses = self.passes.losses if self.exchange is None else self.exchange.losses
         with weighed_losses(method, losses, self.passes.scale, alone=True) as weights:
@@ -363,7 +374,8 @@ class _Step:
     def on_gramian_params(self, method: GradientMethod) -> Result:
         """The Gramian on few parameters, then one weighted pass; a second, short one where heads stay unweighted."""
         passes, few = self.passes, [*self.few.values()]
-        others = [p for p in self.params if all(p is not q for q in few)]
+        ids = set(map(id, few))
+        others = [p for p in self.params if id(p) not in ids]
         aside = [] if passes.through is ThroughGrad else others
         losses: Losses | None = passes.losses
         with restored_on_error(method):

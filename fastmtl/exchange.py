@@ -95,9 +95,6 @@ class Exchange:
                 "DistributedDataParallel(static_graph=True) expects one backward pass per forward pass, in which each "
                 "parameter's gradient is made once; drop static_graph=True, or use FeatureSurgery"
             )
-        if new:
-            ranks.align(method, device)
-            _aligned.add(method)
         here = torch.tensor(present, dtype=torch.bool, device=device)
         values = torch.zeros(len(names), dtype=torch.float64, device=device)
         if losses is not None and losses.present:
@@ -107,6 +104,9 @@ class Exchange:
         self.present: list[bool] = there.tolist()
         if not any(self.present):
             raise ValueError(f"losses: expected at least one on some rank, found {len(names)} tasks, all absent")
+        if new:
+            ranks.align(method, device)
+            _aligned.add(method)
         items = [x if p else None for x, p in zip(average.unbind(), self.present, strict=True)]
         self.losses = None if unknown else Losses(self.names, tuple(items))
 
@@ -341,11 +341,10 @@ class Shards:
         if row is not None:
             self._marks[task] = [_mark(g) for g in row]
         size, group = self.exchange.ranks.size, self.exchange.ranks.group
-        shards = []
-        for bucket, flat in zip(self._buckets, self._flats, strict=True):
+        shards = [torch.empty_like(flat[: len(flat) // size]) for flat in self._flats]  # out of memory: none is sent
+        for bucket, flat, shard in zip(self._buckets, self._flats, shards, strict=True):
             bucket.fill(flat, row, size)
-            shards.append(torch.empty_like(flat[: len(flat) // size]))
-            self._work.append(_reduce_scatter(shards[-1], flat, group=group, async_op=True))
+            self._work.append(_reduce_scatter(shard, flat, group=group, async_op=True))
         self._shards[task] = self._on_its_way = shards
 
     def _wait(self) -> None:
@@ -587,7 +586,8 @@ def describe(method: Method) -> list[str]:
     words = []
     for module in method.modules():
         options = {k: _plain(v) for k, v in vars(module).items() if k[0] != "_" and k != "process_group"}
-        state = {k: list(v.shape) for k, v in module._buffers.items() if v is not None}
+        owned = {**module._buffers, **module._parameters}
+        state = {k: list(v.shape) for k, v in owned.items() if v is not None}
         words.append(f"{type(module).__name__} {options} {state}")
     return words
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -130,6 +131,23 @@ def resolve_groups(
         return [index[owner] for owner in owners], len(index)
     if isinstance(groups, str):
         raise ValueError(f"groups: expected 'all', 'layer', 'tensor' or a sequence, found {groups!r}")
+    where = group_members(groups, model)
+    missing = [name for name, p in params.items() if id(p) not in where]
+    if missing:
+        raise ValueError(f"groups: shared parameters in no group: {', '.join(missing[:5])}")
+    return [where[id(p)] for p in params.values()], len(groups)
+
+
+def group_members(groups: Sequence[Any], model: nn.Module | None) -> dict[int, int]:
+    """The index of its group, by each parameter's id.
+
+    Args:
+        groups: One entry per group.
+        model: Where names are looked up.
+
+    Raises:
+        ValueError: A parameter in two groups.
+    """
     where: dict[int, int] = {}
     for k, entry in enumerate(groups):
         members = [entry] if isinstance(entry, nn.Module | Tensor | str) else entry
@@ -137,10 +155,7 @@ def resolve_groups(
             if id(p) in where:
                 raise ValueError(f"groups: parameter {name} is in group {where[id(p)]} and in group {k}")
             where[id(p)] = k
-    missing = [name for name, p in params.items() if id(p) not in where]
-    if missing:
-        raise ValueError(f"groups: shared parameters in no group: {', '.join(missing[:5])}")
-    return [where[id(p)] for p in params.values()], len(groups)
+    return where
 
 
 def find_leaves(roots: Iterable[Tensor]) -> tuple[list[Tensor], set[type]]:

@@ -83,11 +83,14 @@ class Layout:
         ranks: Of its mesh, ascending; empty: a plain parameter.
         place: Which of the shards this rank has.
         shards: How many different ones there are; the ranks of the mesh hold each equally often.
+        split: Along which of the mesh's dimensions. Other splits are other layouts on every rank, even on one whose
+            place is the same.
     """
 
     ranks: tuple[int, ...] = ()
     place: int = 0
     shards: int = 1
+    split: tuple[bool, ...] = ()
 
 
 def layouts(params: Iterable[Tensor]) -> list[Layout]:
@@ -105,7 +108,7 @@ def layouts(params: Iterable[Tensor]) -> list[Layout]:
             for size, index, dim_is_split in zip(mesh.shape, mesh.get_coordinate(), split, strict=True):
                 if dim_is_split:
                     place, shards = place * size + index, shards * size
-            seen[key] = Layout(tuple(sorted(mesh.mesh.flatten().tolist())), place, shards)
+            seen[key] = Layout(tuple(sorted(mesh.mesh.flatten().tolist())), place, shards, split)
         return seen[key]
 
     return [layout(p) for p in params]

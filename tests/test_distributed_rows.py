@@ -313,8 +313,23 @@ def raised(what: str) -> tuple[str, str, float, bool]:
         losses[rank % 2] = None
     if what == "call" and last:
         rows = fastmtl.TaskGradients(net.trunk, 3)
+    if what == "groups, discovered":
+        method, options["model"], options["shared_params"] = fastmtl.PCGrad(), net, None
+        options["groups"] = [net.trunk[0], [net.trunk[2], net.heads]][:: -1 if last else 1]
+    if what in ("none", "refused", "few"):  # before anything moves: the first rank's seed, too
+        torch.manual_seed(rank)
+        method = fastmtl.PCGrad()
     if what == "none":
         losses = [None] * 3
+    if what == "refused":
+        method = fastmtl.UncertaintyWeighting(3)
+        for p in method.parameters():
+            p.data += rank
+        options["max_norm"] = 1.0
+    if what == "few":
+        options |= {"model": net, "shared_params": None, "gramian_params": net.trunk[2]}
+    if what == "sizes":
+        method.register_parameter("more", nn.Parameter(torch.zeros(2 + last)))
     if what == "infinite":
         losses[1] = losses[1] * float("nan") if last else losses[1]
         method, options["nonfinite"] = fastmtl.PCGrad(), "raise"
@@ -333,7 +348,7 @@ def raised(what: str) -> tuple[str, str, float, bool]:
         losses, options["model"] = [(one * z * (t + 1)).sum() for t in range(3)], net
         method = fastmtl.PCGrad()
         options["shared_params"] = [net.trunk[0].weight, one]
-    before = [x.clone() for x in method.buffers()]
+    before = [x.clone() for x in method.state_dict().values()]
     start = time.monotonic()
     try:
         if what == "static, TaskGradients":
@@ -348,7 +363,7 @@ def raised(what: str) -> tuple[str, str, float, bool]:
         else:
             fastmtl.backward(losses, method, **{"shared_params": net.trunk, **options})
     except (RuntimeError, ValueError, TypeError, FloatingPointError) as error:
-        untouched = all(torch.equal(a, b) for a, b in zip(before, method.buffers(), strict=True))
+        untouched = all(torch.equal(a, b) for a, b in zip(before, method.state_dict().values(), strict=True))
         clean = untouched and all(p.grad is None for p in net.trunk.parameters())
         return type(error).__name__, str(error), time.monotonic() - start, clean
     return "nothing", "", 0.0, False
@@ -364,9 +379,13 @@ def raised(what: str) -> tuple[str, str, float, bool]:
         ("option", "RuntimeError", ["rank 1", "method", "'alpha': 1.0", "'alpha': 1.5"]),
         ("max_norm", "RuntimeError", ["rank 1", "rank 2", "max_norm=3.0", "max_norm=1.0"]),
         ("groups", "RuntimeError", ["rank 2", "group", "[1, 1, 0, 0]"]),
+        ("groups, discovered", "RuntimeError", ["rank 2", "group", "[1, 1, 0, 0, 0, 0, 0, 0, 0, 0]"]),
+        ("sizes", "RuntimeError", ["rank 2", "method", "'more': [3]", "'more': [2]"]),
         ("heads", "RuntimeError", ["rank 1", "model=", "task 0"]),
         ("call", "RuntimeError", ["rank 2", "TaskGradients.combine", "fastmtl.backward"]),
         ("none", "ValueError", ["all absent"]),
+        ("refused", "ValueError", ["max_norm", "UncertaintyWeighting"]),
+        ("few", "ValueError", ["gramian_params", "pass shared_params= too"]),
         ("infinite", "FloatingPointError", ["task 1"]),
         ("static", "ValueError", ["static_graph=True"]),
         ("static, model", "ValueError", ["static_graph=True"]),
