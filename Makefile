@@ -46,8 +46,10 @@ $(VENV)/docs: $(VENV)/torch pyproject.toml # pages are made from the docstrings:
 demo: $(VENV)/fastmtl ## train 25 tasks on customer reviews with every method: a table and plots in demo-output/
 	$(BIN)/python -m fastmtl demo $(ARGS)
 
+# a file's tests stay in one process, in order: some share processes or what they have compiled
 test: $(VENV)/test ## all tests that need no GPU
-	FASTMTL_REQUIRE_EXT=1 $(BIN)/python -m pytest $(ARGS)
+	FASTMTL_REQUIRE_EXT=1 $(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile \
+		--no-loadscope-reorder $(ARGS)
 
 test-dist: $(VENV)/test ## the tests of many processes in full, and their example
 	FASTMTL_REQUIRE_EXT=1 $(BIN)/python -m pytest -m "not slow or slow" tests/test_distributed*.py $(ARGS)
