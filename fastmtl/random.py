@@ -152,8 +152,8 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
         factor.
     """
     shape = (2,) + (1,) * (counter.dim() - 1)
-    multipliers = torch.tensor([0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32], device=counter.device).view(shape)
-    weyl = torch.tensor([0x9E3779B9, 0xBB67AE85], device=counter.device)
+    multipliers = _pair(0xD2511F53 - 2**32, 0xCD9E8D57 - 2**32, counter.device).view(shape)
+    weyl = _pair(0x9E3779B9, 0xBB67AE85, key.device)
     keys = ((key + torch.arange(10, device=key.device).unsqueeze(-1) * weyl) & _LOW).view(10, *shape)
     even, odd = counter[0::2], counter[1::2]
     for k in keys:
@@ -161,6 +161,11 @@ def philox4x32(counter: Tensor, key: Tensor) -> Tensor:
         high, low = ((product >> 32) + even) & _LOW, product & _LOW
         even, odd = high.flip(0) ^ odd ^ k, low.flip(0)
     return torch.stack([even[0], odd[0], even[1], odd[1]])
+
+
+def _pair(first: int, second: int, device: torch.device) -> Tensor:
+    """Two numbers made on the device: nothing is sent there."""
+    return torch.arange(2, device=device) * (second - first) + first
 
 
 def _first_largest(x: Tensor) -> Tensor:

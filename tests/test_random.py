@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 from collections import Counter
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from scipy import stats
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import fastmtl
 from fastmtl import random, reference
 from fastmtl.random import DISTRIBUTIONS, new_rng, random_weights
 from tests.asserts import assert_on_simplex
 
 EVERYONE = torch.ones(1, 5, dtype=torch.bool)
+RNG = torch.tensor([3, 0])
 
 
 def rng(seed: int = 3, step: int = 0) -> Tensor:
@@ -33,6 +37,32 @@ def test_published_values(line: str) -> None:
     words = [int(word, 16) for word in line.split()]
     for run in (random.philox4x32, torch.compile(random.philox4x32, backend="aot_eager", fullgraph=True)):
         assert run(torch.tensor(words[:4]), torch.tensor(words[4:6])).tolist() == words[6:]
+
+
+class Sent(TorchDispatchMode):
+    """Counts tensors made from numbers on the host: on a GPU each is a copy that waits."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        self.count += func is torch.ops.aten.lift_fresh.default
+        return func(*args, **kwargs or {})
+
+
+def test_nothing_is_sent_to_the_device() -> None:
+    with Sent() as sent:
+        torch.tensor([1, 2])
+        assert sent.count == 1
+        for distribution in DISTRIBUTIONS:
+            random_weights(RNG, EVERYONE, distribution)
+        random.dirichlet(RNG, torch.ones(3, dtype=torch.float64))
+        assert sent.count == 1
+        weighting = fastmtl.COSMOS(3)
+        for _ in range(3):
+            weighting.sample([1, 2, 3])  # the concentration, once
+        assert sent.count == 2
 
 
 @pytest.mark.parametrize("count", [1, 4, 5, 70])

@@ -62,6 +62,7 @@ class COSMOS(PreferenceScalarization):
         super().__init__(num_tasks, preference)
         self.penalty = real("penalty", penalty, 0)
         self.register_buffer("rng", new_rng(generator))
+        self._law: tuple[tuple[float, ...], Tensor] | None = None
 
     def sample(self, concentration: float | Sequence[float] = 1.0) -> Tensor:
         """Draw a preference from a Dirichlet distribution: once per batch, before the network's pass.
@@ -84,8 +85,9 @@ class COSMOS(PreferenceScalarization):
             if several(self.process_group):
                 self._align(self.rng.device if self.rng.is_cuda else device_of(self.process_group))
             with torch.no_grad():
-                law = torch.tensor(each, dtype=torch.float64, device=self.rng.device)
-                self.preference = dirichlet(self.rng, law)
+                if self._law is None or self._law[0] != each or self._law[1].device != self.rng.device:
+                    self._law = each, torch.tensor(each, dtype=torch.float64, device=self.rng.device)  # sent once
+                self.preference = dirichlet(self.rng, self._law[1])
                 self.rng[1].add_(1)
         return self.preference
 
