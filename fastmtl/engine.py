@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fastmtl.accumulate import accumulate
 from fastmtl.losses import Losses
 from fastmtl.rows import Rows, constant_mask
+from fastmtl.sharded import copy_to_shard
 from fastmtl.surgery.base import GradientMethod, Step
 from fastmtl.surgery.row_method import TrackingMethod
 from fastmtl.watch import tell
@@ -217,7 +219,8 @@ def weighed_losses(
 ) -> Iterator[Tensor]:
     """Weigh the losses by a loss weighting, for the weights ``[T]`` to be used within.
 
-    Afterwards the weighting's own parameters get their gradients. If anything within raises, its state is as before.
+    Afterwards the weighting's own parameters get their gradients, the same on all ranks; no hook runs: those of
+    ``DistributedDataParallel`` would wait for the other parameters. If anything within raises, its state is as before.
 
     Args:
         method: Its state advances.
@@ -232,6 +235,7 @@ def weighed_losses(
         raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
     with restored_on_error(method):
         method.remember(losses.names)
+        params = [p for p in method.parameters() if p.requires_grad]
         if alone:
             group, method.process_group = method.process_group, None
             try:
@@ -242,5 +246,9 @@ def weighed_losses(
             total, weights = method.slopes(losses.items)
         tell(method, losses.names, weights.unsqueeze(0), losses=losses)
         yield weights
-        if total.requires_grad:
-            total.backward(None if scale is None else scale.to(total.dtype))
+        if params:
+            factor = None if scale is None else scale.to(total.dtype)
+            grads = torch.autograd.grad(total, params, factor, allow_unused=True)
+            stored = [p for p in method.parameters() if p.requires_grad]  # others, where FSDP2 had gathered them
+            shards = [None if g is None else copy_to_shard(g, p) for g, p in zip(grads, stored, strict=True)]
+            accumulate((stored, Rows.by_task([shards]), None))

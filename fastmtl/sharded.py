@@ -42,6 +42,16 @@ def shard_of(x: Tensor, param: Tensor) -> Tensor:
     return local.wait() if hasattr(local, "wait") else local  # type: ignore[no-any-return]  # on its way until then
 
 
+@torch.no_grad()
+def copy_to_shard(x: Tensor, param: Any) -> Tensor:
+    """This rank's shard of a whole gradient that all ranks have; sends nothing. Plain parameters: all of it."""
+    if is_sharded(x) or not is_sharded(param):
+        return shard_of(x, param)
+    from torch.distributed.tensor import distribute_tensor
+
+    return shard_of(distribute_tensor(x, param.device_mesh, param.placements, src_data_rank=None), param)
+
+
 @contextmanager
 def shards_written(lists: Sequence[Sequence[Tensor]]) -> Iterator[list[list[Tensor]]]:
     """Within, shards stand for parameters: what is done to a shard's ``.grad`` is done to its parameter's.

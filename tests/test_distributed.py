@@ -433,6 +433,39 @@ def test_benchmark(ranks: Ranks, way: str) -> None:
     assert benchmark.difference(found[0][0], benchmark.train(case)[0]) < 1e-9
 
 
+class Weighted(nn.Module):
+    """Its losses; the weighting is within, its parameters are not used by the forward pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk = nn.Linear(5, 6)
+        self.heads = nn.ModuleList(nn.Linear(6, 1) for _ in range(TASKS))
+        self.weighting = fastmtl.UncertaintyWeighting(TASKS)
+        self.weighting.s.data = self.weighting.s.data.double()
+
+    def forward(self, x: Tensor, y: Tensor) -> list[Tensor]:
+        z = self.trunk(x).tanh()
+        return [((head(z)[:, 0] - y[:, t]) ** 2).mean() for t, head in enumerate(self.heads)]
+
+
+def train_weighted(wrap: Wrap | None) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    net: Any = Weighted().double()
+    model = net if wrap is None else wrap(net)
+    optimizer = torch.optim.SGD(net.parameters(), lr=0.02)
+    part = own_slice(unequal=False)
+    for x, y in whole_batches(torch.float64)[:4]:
+        fastmtl.backward(model(x[part], y[part]), net.weighting, net.trunk, model=net)
+        optimizer.step()
+        optimizer.zero_grad()
+    return state_of(net)
+
+
+@pytest.mark.parametrize("wrap", WRAPS)
+def test_backward_with_a_learned_weighting_within_the_wrapped_module(ranks: Ranks, wrap: str) -> None:
+    assert_one_process(ranks.run(2, train_weighted, WRAPS[wrap]), train_weighted(None), 1e-9)
+
+
 def evaluate() -> tuple[float, dict[str, Tensor], dict[str, Tensor]]:
     """Only the first rank does."""
     model, _ = make("DWA", torch.float64, None)
