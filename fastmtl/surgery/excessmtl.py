@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING
 
 import torch
@@ -36,9 +37,10 @@ class ExcessMTL(TrackingMethod):
 
     Note:
         State: T P numbers, the squared gradients (float32 where the parameters have 16 bits), and as many again while a
-        step runs; 2 T more. Cost: three passes over them besides the usual two. No synchronisation. The first step of a
-        task sets its ``E^0`` and does not move its weight. An absent task keeps its state, and the others share what
-        its weight leaves. ``Result.gramian`` is that of the gradients as they are. Not for sparse gradients.
+        step runs; 2 T more, among them the weights' logarithms. Cost: three passes over them besides the usual two. No
+        synchronisation. The first step of a task sets its ``E^0`` and does not move its weight. An absent task keeps
+        its state; the weights of the others are scaled to sum to 1 in this step. ``Result.gramian`` is that of the
+        gradients as they are. Not for sparse gradients.
 
     Reference:
         He, Zhou, Zhang, Yun, Xu, Zeng, Chilimbi, Zhao, "Robust Multi-Task Learning with Excess Risks", ICML 2024,
@@ -56,14 +58,14 @@ class ExcessMTL(TrackingMethod):
 
     single_group = True
     facts = Facts("velocity", "He, ICML 2024", sums_to="1", needs="scales heads too", state="T P", cost="T P")
-    weights: Tensor
+    logs: Tensor
     initial: Tensor
 
     def __init__(self, step_size: float = 1.0, scale_heads: bool = True, **common: Unpack[CommonOptions]) -> None:
         super().__init__(**common)
         self.step_size = real("step_size", step_size, 0)
         self.scale_heads = flag("scale_heads", scale_heads)
-        self.register_state("weights")
+        self.register_state("logs")
         self.register_state("initial")
 
     def track(self, step: RawRows) -> Tracked:
@@ -84,13 +86,14 @@ class ExcessMTL(TrackingMethod):
         """See `GradientMethod.solve`."""
         excess, present = self._excess, step.present[0]
         num_tasks = len(excess)
-        weights = self.state("weights", excess, (num_tasks,), 1 / num_tasks)
+        logs = self.state("logs", excess, (num_tasks,), -math.log(num_tasks))  # the weights' may leave what exp() has
         initial = self.state("initial", excess, (num_tasks,), torch.nan)
         first = present & initial.isnan()
         ratio = torch.where(initial > 0, excess / initial, torch.where(excess > 0, 1.0, 0.0))
         push = torch.where(first | ~present, 0.0, self.step_size * ratio)
-        moved = torch.where(present, weights.log() + push, -torch.inf).softmax(-1)
-        held = torch.where(present, weights, 0.0).sum()
+        moved = torch.where(present, logs + push, -torch.inf)
+        held = torch.where(present, logs, -torch.inf).logsumexp(-1)
         step.commit(initial, torch.where(first, excess, initial))
-        step.commit(weights, torch.where(present, moved * held, weights))
-        return torch.where(step.finite | ~present, moved, torch.nan).unsqueeze(0)
+        step.commit(logs, torch.where(present, moved - moved.logsumexp(-1) + held, logs))
+        weights = torch.where(present, moved.softmax(-1), 0.0)
+        return torch.where(step.finite | ~present, weights, torch.nan).unsqueeze(0)

@@ -46,12 +46,28 @@ def test_absent_tasks_keep_theirs() -> None:
     method = ExcessMTL()
     for g in rows[:2]:
         fastmtl.aggregate([list(g)], method)
-    kept = method.weights.clone()
+    kept = method.logs.exp()
     out = fastmtl.aggregate([[rows[2, 0], None, rows[2, 2]]], method)
     assert out.weights[1] == 0
-    assert method.weights[1] == kept[1]
-    torch.testing.assert_close(method.weights.sum(), torch.ones((), dtype=torch.float64))
-    assert (method.weights[[0, 2]] != kept[[0, 2]]).all()
+    assert method.logs.exp()[1] == kept[1]
+    torch.testing.assert_close(method.logs.exp().sum(), torch.ones((), dtype=torch.float64))
+    assert (method.logs.exp()[[0, 2]] != kept[[0, 2]]).all()
+
+
+def test_weights_too_small_for_a_number() -> None:
+    """A task far behind takes part alone, and catches up again, as its logarithm says."""
+    method, e = ExcessMTL(step_size=2000.0), torch.eye(2, dtype=torch.float64)
+    fastmtl.aggregate([list(e)], method)
+    for factor in (0.0, 1.0):
+        for _ in range(3):
+            assert fastmtl.aggregate([[e[0], factor * e[1] / 100]], method).weights.tolist() == [1, 0]
+    logs = method.logs.clone()
+    assert logs[1] < -800
+    assert fastmtl.aggregate([[None, e[1]]], method).weights.tolist() == [0, 1]
+    torch.testing.assert_close(method.logs, logs)
+    for _ in range(100):
+        weights = fastmtl.aggregate([[e[0] * 0, e[1]]], method).weights
+    assert weights.tolist() == [0, 1]
 
 
 def test_weights_multiply_the_heads_too() -> None:
