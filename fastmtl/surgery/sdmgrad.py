@@ -17,6 +17,8 @@ from fastmtl.surgery.several_batches import SeveralBatches
 if TYPE_CHECKING:
     from typing_extensions import Unpack
 
+_SMALLEST = 1e-300  # squared norms whose inverse is a number, also as the square of a mean over many tasks
+
 
 class SDMGrad(SeveralBatches):
     """Steps along a common descent direction that is kept near the mean gradient, by three independent batches.
@@ -39,7 +41,7 @@ class SDMGrad(SeveralBatches):
         momentum: Of these steps, 0 to below 1; it starts anew in every training step.
         num_steps: How many of them in each training step, at least 1.
         scale_free: Divide the products by the square of the mean norm, so that ``lr`` does not depend on the size of
-            the gradients (experiments and code of the paper). False: Algorithm 1.
+            the gradients (experiments and code of the paper); where that is 0, w stays. False: Algorithm 1.
         preference: p, one number per task; scaled to sum to 1 over the tasks that take part. None: equal.
         scale_heads: See `SeveralBatches`.
         common: See `GradientMethod`. With ``rescale="sum_to_one"`` the direction is divided by ``1 + lam``, as in the
@@ -103,7 +105,7 @@ class SDMGrad(SeveralBatches):
 
     def improve(self, weights: Tensor, step: Step, pull: Tensor | None) -> Tensor:
         """See `SeveralBatches.improve`."""
-        return ops.projected_gradient(
+        moved = ops.projected_gradient(
             step.gramian,
             weights,
             step.mask,
@@ -113,3 +115,9 @@ class SDMGrad(SeveralBatches):
             num_steps=self.num_steps,
             scale_free=self.scale_free,
         )
+        if not self.scale_free:
+            return moved
+        t, present = self.num_tasks, self.taking_part(step)
+        squares = step.gramian[:, :t, t : 2 * t].diagonal(dim1=-2, dim2=-1)
+        squares = squares if present is None else torch.where(present, squares, 0.0)
+        return torch.where((squares > _SMALLEST).any(-1, keepdim=True), moved, weights)

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from fastmtl.checks import flag, whole
+from fastmtl.simplex import renormalize
 from fastmtl.surgery.base import CommonOptions, GradientMethod, Step
 
 if TYPE_CHECKING:
@@ -22,8 +23,8 @@ class SeveralBatches(GradientMethod):
     on the second, and so on, in the same order. The B T weights returned are 0 for the batches that do not make the
     update. A task takes part where it is present in all batches.
 
-    The weights are kept, ``[K, T]``, as float64 state. They start equal; tasks that are absent keep theirs, and the
-    others share the rest.
+    The weights are kept, ``[K, T]``, as float64 state. They start equal. Tasks that are absent keep theirs; those of
+    the others are scaled to sum to 1 in this step, or are equal if all are 0, and share afterwards what they held.
 
     Args:
         num_tasks: T, of one batch.
@@ -51,12 +52,12 @@ class SeveralBatches(GradientMethod):
         """The next weights.
 
         Args:
-            weights: Those so far, ``[K, T]``.
+            weights: Those so far, ``[K, T]``, of sum 1 over the tasks that take part; 0 for the others.
             step: Of the B T gradients.
             pull: As `pull` says.
 
         Returns:
-            ``[K, T]``, not negative, of the same sum; absent tasks keep theirs. NaN where what it reads is not finite.
+            ``[K, T]``, not negative, of the same sum; 0 for absent tasks. NaN where what it reads is not finite.
         """
         raise NotImplementedError
 
@@ -69,6 +70,10 @@ class SeveralBatches(GradientMethod):
         """
         return None
 
+    def taking_part(self, step: Step) -> Tensor | None:
+        """Which task is present in all batches, bool ``[K, T]``; None: all are."""
+        return None if step.mask is None else step.mask.unflatten(-1, (-1, self.num_tasks)).all(-2)
+
     def solve(self, step: Step) -> Tensor:
         """See `GradientMethod.solve`."""
         t, (groups, found) = self.num_tasks, step.gramian.shape[:2]
@@ -80,12 +85,16 @@ class SeveralBatches(GradientMethod):
                 f"batch after the other: {wanted}, found {found}"
             )
         kept = self.state("weights", step.gramian, (groups, t), 1 / t)
-        present = None if step.mask is None else step.mask.unflatten(-1, (batches, t)).all(-2)
+        present = self.taking_part(step)
         pull = self.pull(kept, present)
-        moved = self.improve(kept, step, pull)
-        step.commit(kept, moved)
-        used = moved if present is None else torch.where(present, moved, 0.0)
-        used = torch.where(step.finite, used if pull is None else used + pull, float("nan"))
+        if present is None:
+            moved = self.improve(kept, step, pull)
+            step.commit(kept, moved)
+        else:
+            weights, held = renormalize(kept, present)
+            moved = self.improve(weights, step, pull)
+            step.commit(kept, torch.where(present, moved * held, kept))
+        used = torch.where(step.finite, moved if pull is None else moved + pull, float("nan"))
         return pad(used, (2 * t, 0)) if batches == 3 else (used / 2).repeat(1, 2)
 
     def rescaled(self, weights: Tensor, present: Tensor) -> Tensor:

@@ -109,6 +109,24 @@ def test_sdmgrad_in_the_unit_of_the_mean_norm() -> None:
         torch.testing.assert_close(SDMGrad(4)(gramian_of(g) * factor), found)
 
 
+@pytest.mark.parametrize("factor", [1e-200, 1e-156, 1e-4, 1.0, 1e4])
+def test_sdmgrad_stays_where_no_norm_is_known(factor: float) -> None:
+    """As in any unit: of noise, where no product of a gradient with itself is above 0, or of hardly any gradient."""
+    g = batches_of(4, 3)
+    start = torch.tensor([[0.1, 0.2, 0.3, 0.4]], dtype=torch.float64)
+    if factor > 1e-100:
+        g[1] = -g[0]
+    mask = torch.ones(12, dtype=torch.bool)
+    for absent, present in ((False, None), (False, mask), (True, mask)):
+        mask[1] = not absent
+        g[0, 1] = g[1, 1] if absent else g[0, 1]  # of this task it would be known
+        method, there = SDMGrad(4), mask[:4]
+        method.state("weights", g, (1, 4), 0.25).copy_(start)
+        weights = method(gramian_of(g * factor), mask=present)
+        torch.testing.assert_close(weights[8:], there * (start[0] / start[0, there].sum() + 0.3 / there.sum()))
+        torch.testing.assert_close(method.weights, start)
+
+
 @pytest.mark.parametrize("batches", [2, 3])
 @pytest.mark.parametrize("num_tasks", [1, 2, 3, 20])
 def test_modo_is_its_algorithm(num_tasks: int, batches: int) -> None:
@@ -191,10 +209,27 @@ def test_absent_tasks(make: Any) -> None:
     assert (weights[:8] == 0).all()
     few = SDMGrad(3, preference=[1, 3, 4]) if isinstance(method, SDMGrad) else MoDo(3)
     few.state("weights", gramian, (1, 3), 1 / 3)
-    few.weights.copy_(torch.tensor([[0.1, 0.2, 0.3]], dtype=torch.float64))
+    few.weights.copy_(torch.tensor([[0.1, 0.2, 0.3]], dtype=torch.float64) / 0.6)
     expected = few(gramian_of(g[:, rest]))
     torch.testing.assert_close(weights[8:][rest], expected[6:])
+    torch.testing.assert_close(method.weights[0, rest], 0.6 * few.weights[0])
     assert method(gramian, mask=torch.zeros(12, dtype=torch.bool)).tolist() == [0.0] * 12
+
+
+@pytest.mark.parametrize(("make", "total"), [(SDMGrad, 1.3), (MoDo, 1.0)])
+def test_tasks_of_weight_0_alone(make: Any, total: float) -> None:
+    """They make the update all the same, with weights of the usual sum; what is kept stays."""
+    method, mask = make(3), torch.tensor([False, True, False]).repeat(3)
+    method(gramian_of(batches_of(3, 3)))
+    kept = torch.tensor([[0.25, 0.0, 0.75]], dtype=torch.float64)
+    method.weights.copy_(kept)
+    for _ in range(2):
+        weights = method(gramian_of(batches_of(3, 3)), mask=mask)
+        torch.testing.assert_close(weights, torch.tensor([0.0] * 7 + [total, 0.0], dtype=torch.float64))
+        assert torch.equal(method.weights, kept)
+    method.weights.copy_(torch.tensor([[0.0, 1.0, 0.0]]))
+    weights = method(torch.zeros(9, 9), mask=~mask)
+    torch.testing.assert_close(weights[6:], torch.tensor([total / 2, 0.0, total / 2], dtype=torch.float64))
 
 
 @pytest.mark.parametrize("make", BOTH.values(), ids=BOTH)
