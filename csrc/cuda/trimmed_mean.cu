@@ -84,7 +84,7 @@ __device__ __forceinline__ int64_t average(const Term<Element>* terms, int num_t
 
 template <class Element, class Out, int K>
 __global__ void __launch_bounds__(kThreads, 1) trimmed_mean_kernel(GRID_CONSTANT(Table) table, int64_t units_per_range,
-                                                                const double* __restrict__ weights, int trim) {
+                                                                   const double* __restrict__ weights, int trim) {
   // Two vectors of 16-bit columns at once would not fit in registers for the largest K.
   constexpr int N = kVector<Element>;
   DYNAMIC_SHARED(Term<Element>, terms);
