@@ -282,7 +282,7 @@ def formula(case: Case, size: int, plain: int) -> int:
             surgery += sum(x.nbytes for x in Net(_without_heads(name)).buffers())
         learned = b * _count(method.parameters())  # FSDP2 gathers them and scatters their gradients
         return plain + surgery + (learned if way.endswith("DDP") else 2 * learned)
-    same = 8 * 3 * size + 16 * t  # the handshake; presence and losses
+    same = 8 * 4 * size + 16 * t  # the handshake; presence and losses
     if way.endswith("FSDP2"):  # which reduces the trunk's gradients once in the plain step, here for each task
         return plain + same + (0 if weighting else b * (t - 1) * p + 8 * t * t)
     reached = len(heads) + len(shared) * (1 if weighting else t)

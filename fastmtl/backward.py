@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastmtl import ops
-from fastmtl.accumulate import accumulate
+from fastmtl.accumulate import accumulate, refuse_unsupported
 from fastmtl.checks import choice, whole
 from fastmtl.distributed import Group, Ranks, ranks_of, several
 from fastmtl.engine import (
@@ -27,7 +27,15 @@ from fastmtl.engine import (
     unscaled,
     weighed_losses,
 )
-from fastmtl.exchange import Exchange, describe_param, describe_params, finish, has_static_graph
+from fastmtl.exchange import (
+    Collected,
+    Exchange,
+    aligned_after_errors,
+    describe_param,
+    describe_params,
+    finish,
+    has_static_graph,
+)
 from fastmtl.losses import Losses, LossesLike, parse_losses, stack_scalars
 from fastmtl.operate import operate
 from fastmtl.parameters import (
@@ -39,7 +47,7 @@ from fastmtl.parameters import (
     resolve_groups,
     resolve_params,
 )
-from fastmtl.passes import Passes
+from fastmtl.passes import Passes, Proof
 from fastmtl.result import Result
 from fastmtl.rows import Rows, ThroughBackward, ThroughGrad, constant_mask
 from fastmtl.sharded import check_synchronised, is_sharded
@@ -207,20 +215,8 @@ def backward(
         step.check_few()
     if ranks is not None:
         step.meet(ranks, scaler is not None, sharded)
-
-    if isinstance(method, LossWeighting):
-        return step.weigh_losses(method)
-    whole_pass = step.known and not step.grouped and nonfinite == "propagate" and not (hidden and model is None)
-    once = whole_pass and _is_plain_sum(method)
-    again = not once and (len(passes.present) > 1 or bool(few) or isinstance(method, Amortized))
-    if again and not passes.prove([*step.shared.values(), *step.heads]) and nonfinite == "drop_task":
-        raise RuntimeError("compiled trunk: no finite gradient yet to prove that its backward pass can be repeated")
-    held = step.hold(method) if whole_pass else None
-    if held is not None:
-        return held
-    if few:
-        return step.on_gramian_params(method)
-    return step.alone(method) if step.exchange is None else step.over_ranks(method, step.exchange)
+    with aligned_after_errors(method):
+        return step.weigh_losses(method) if isinstance(method, LossWeighting) else step.weigh_gradients(method, hidden)
 
 
 @dataclass
@@ -272,11 +268,33 @@ class _Step:
         """All parameters, the shared ones first."""
         return [*self.shared.values(), *self.heads]
 
-    def during(self, num_tasks: int, num_params: int, collected: Any = None) -> Any:
-        """The context of backward passes: other ranks learn of an error within."""
+    @contextmanager
+    def during(self, num_tasks: int, num_params: int, collected: Collected | None = None) -> Iterator[None]:
+        """The context of backward passes: other ranks learn of an error within, and of a ``.grad`` not supported."""
         if self.exchange is None:
-            return nullcontext()
-        return self.exchange.passes(num_tasks, num_params, *(() if collected is None else (collected,)))
+            yield
+            return
+        with self.exchange.passes(num_tasks, num_params, collected):
+            refuse_unsupported(self.params, [p.grad for p in self.params], {})
+            yield
+
+    def prove(self) -> bool:
+        """`Passes.prove`, where it is needed; by all ranks together.
+
+        Returns:
+            Whether it is proven, on all ranks, or there is nothing to prove.
+
+        Raises:
+            RuntimeError: It cannot be repeated, on some rank; on every rank.
+        """
+        exchange = self.exchange
+        if not (self.passes.unproven if exchange is None else exchange.unproven):
+            return True
+        with self.during(1, 1):
+            proof = self.passes.prove(self.params)
+        if exchange is not None:
+            proof = Proof(exchange.most([[proof]])[0][0])
+        return self.passes.accept(proof)
 
     def result(self, weights: Tensor | None, gramian: Tensor | None) -> Result:
         """From ``weights [K, T]`` and ``gramian [K, T, T]``."""
@@ -319,7 +337,8 @@ class _Step:
         elif not mine.issuperset(map(id, self.heads)):  # their order tells which they are only with the same tasks
             call["tasks with a loss (model= allows that)"] = present
         device = next(iter(self.shared.values())).device
-        others = self.method, losses, there, losses.names, device, call, has_static_graph(losses.present, model)
+        static_graph, unproven = has_static_graph(losses.present, model), bool(self.passes.unproven)
+        others = self.method, losses, there, losses.names, device, call, static_graph, unproven
         if sharded:
             self.exchange = ShardedExchange([*self.params, *self.few.values()], ranks, *others)
         else:
@@ -341,6 +360,22 @@ class _Step:
                 grads = self.exchange.average(self.params, grads)
             accumulate((self.params, Rows.by_task([grads]), None))
         return self.result(weights.expand(num_groups, -1), None)
+
+    def weigh_gradients(self, method: GradientMethod, hidden: bool) -> Result:
+        """By the cheapest way that there is; ``hidden``: the graph hides parameters."""
+        simple = self.known and not self.grouped and self.nonfinite == "propagate"
+        whole_pass = simple and not (hidden and self.model is None)
+        once = whole_pass and _is_plain_sum(method)
+        present = len(self.passes.present) if self.exchange is None else sum(self.exchange.present)
+        again = not once and (present > 1 or bool(self.few) or isinstance(method, Amortized))
+        if again and not self.prove() and self.nonfinite == "drop_task":
+            raise RuntimeError("compiled trunk: no finite gradient yet to prove that its backward pass can be repeated")
+        held = self.hold(method) if whole_pass else None
+        if held is not None:
+            return held
+        if self.few:
+            return self.on_gramian_params(method)
+        return self.alone(method) if self.exchange is None else self.over_ranks(method, self.exchange)
 
     def hold(self, method: GradientMethod) -> Result | None:
         """One pass with weights that the method has without a Gramian; None: it has none."""

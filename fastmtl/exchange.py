@@ -56,11 +56,13 @@ class Exchange:
         device: Where the parameters lie.
         call: What all ranks must have in common besides tasks and method.
         static_graph: The model is a ``DistributedDataParallel`` made so.
+        unproven: See `fastmtl.passes.Passes.unproven`.
 
     Attributes:
         names: The tasks'.
         present: Which tasks are there on some rank.
         losses: Averages over the ranks, None where a task is on none; None: unknown on some rank.
+        unproven: On some rank.
 
     Raises:
         RuntimeError: Ranks differ; the text names a rank and the difference, on every rank.
@@ -77,6 +79,7 @@ class Exchange:
         device: torch.device,
         call: Subjects,
         static_graph: bool = False,
+        unproven: bool = False,
     ) -> None:
         self.ranks = ranks
         self.names = tuple(names)
@@ -89,7 +92,8 @@ class Exchange:
             "DistributedDataParallel": wrapper,
             **call,
         }
-        new, unknown = handshake(ranks, subjects, [method not in _aligned, losses is None], device)
+        flags = [method not in _aligned, losses is None, unproven]
+        new, unknown, self.unproven = handshake(ranks, subjects, flags, device)
         if static_graph:
             raise ValueError(
                 "DistributedDataParallel(static_graph=True) expects one backward pass per forward pass, in which each "
@@ -213,6 +217,16 @@ class Exchange:
         for each in work:
             each.wait()
         return averages
+
+
+@contextmanager
+def aligned_after_errors(method: Method) -> Iterator[None]:
+    """An error within, which other ranks may have got past, has the next step give all ranks the first one's state."""
+    try:
+        yield
+    except BaseException:
+        _aligned.discard(method)
+        raise
 
 
 class Collected(Protocol):

@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from enum import IntEnum
 from typing import Any
 
 import torch
@@ -27,6 +28,14 @@ _RECIPE = (
     'False from the start of the process and torch.compile(trunk, options={"fx_graph_cache": False}); or use '
     "FeatureSurgery, which needs neither"
 )
+
+
+class Proof(IntEnum):
+    """What repeated passes through a compiled function tell; of several ranks the largest counts."""
+
+    REPEATABLE = 0
+    NONE = 1  # gradients that are not finite; the next step tries again
+    OTHER = 2  # they gave other gradients
 
 
 @dataclass(frozen=True)
@@ -124,31 +133,43 @@ class Passes:
         refuse_unsupported(params, grads, self.names)
         return grads
 
-    def prove(self, params: Sequence[Tensor]) -> bool:
-        """Make sure, once per compiled function in the graph, that its backward can be repeated.
+    @property
+    def unproven(self) -> set[type]:
+        """Compiled functions in the graph whose backward is still to be shown to be repeatable; see `prove`."""
+        compiled = {kind for kind in self.kinds if kind.__name__ == "CompiledFunctionBackward"}
+        return compiled - set(_repeatable)
+
+    def prove(self, params: Sequence[Tensor]) -> Proof:
+        """Find out whether the backward of compiled functions in the graph can be repeated.
 
         Several passes through one may give wrong gradients without a word; so one task's pass, another's, and both
-        again. Gradients that are not finite prove nothing; then the next step tries again.
+        again. Once `accept` took note of it, it need not be done again.
 
         Args:
             params: All parameters that passes of this step may reach.
 
-        Returns:
-            Whether it is proven, or there is nothing to prove.
-
         Raises:
-            RuntimeError: It cannot be repeated.
+            RuntimeError: A pass failed.
         """
-        compiled = {kind for kind in self.kinds if kind.__name__ == "CompiledFunctionBackward"}
-        if compiled <= set(_repeatable):
-            return True
+        if not self.present:  # those of other ranks only
+            return Proof.REPEATABLE
         tasks = (self.present[0], self.present[-1])
         with self.through(params) as run:
             rows = [self._whole(run, t, True) for t in (*tasks, *tasks)]
-        proven = [_same(first, again) for first, again in zip(rows[:2], rows[2:], strict=True)]
-        if any(proven):
-            _repeatable.update(compiled)
-        return any(proven)
+        found = [_same(first, again) for first, again in zip(rows[:2], rows[2:], strict=True)]
+        return Proof.OTHER if Proof.OTHER in found else min(found)
+
+    def accept(self, proof: Proof) -> bool:
+        """Take note of what was found; returns whether repeated passes are known to be right.
+
+        Raises:
+            RuntimeError: They are not.
+        """
+        if proof is Proof.OTHER:
+            raise RuntimeError(f"compiled trunk: a repeated backward pass gave another gradient; {_RECIPE}")
+        if proof is Proof.REPEATABLE:
+            _repeatable.update(self.unproven)
+        return proof is Proof.REPEATABLE
 
     def _whole(self, run: Any, task: int, keep: bool) -> Sequence[Tensor | None]:
         """A pass through all that a loss reaches."""
@@ -252,23 +273,19 @@ class Passes:
             raise
 
 
-def _same(first: Sequence[Tensor | None], again: Sequence[Tensor | None]) -> bool:
-    """Whether two passes of a task gave the same gradients; False where they are not finite, which tells nothing.
-
-    Raises:
-        RuntimeError: They gave others.
-    """
+def _same(first: Sequence[Tensor | None], again: Sequence[Tensor | None]) -> Proof:
+    """Whether two passes of a task gave the same gradients."""
     sizes = [0.0 if a is None else float(a.float().norm()) for a in first]
     if not all(map(math.isfinite, sizes)):
-        return False
+        return Proof.NONE
     for a, b, size in zip(first, again, sizes, strict=True):
         if a is None or b is None:
             same = a is b
         else:  # a parameter may have nothing but rounding noise for a gradient
             same = float((a.float() - b.float()).norm()) <= 1e-3 * size + 1e-6 * max(sizes)  # NaN is not
         if not same:
-            raise RuntimeError(f"compiled trunk: a repeated backward pass gave another gradient; {_RECIPE}")
-    return True
+            return Proof.OTHER
+    return Proof.REPEATABLE
 
 
 @contextmanager

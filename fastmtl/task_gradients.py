@@ -23,7 +23,15 @@ from fastmtl.engine import (
     task_mask,
     weighed_losses,
 )
-from fastmtl.exchange import Exchange, describe_param, describe_params, finish, has_static_graph, weighted
+from fastmtl.exchange import (
+    Exchange,
+    aligned_after_errors,
+    describe_param,
+    describe_params,
+    finish,
+    has_static_graph,
+    weighted,
+)
 from fastmtl.losses import Losses, LossesLike, numbered, parse_losses
 from fastmtl.operate import operate
 from fastmtl.parameters import GroupsLike, ParamsLike, check_one_device, resolve_groups, resolve_params
@@ -210,7 +218,8 @@ class TaskGradients:
             if sharded:
                 call[SAME_TASKS] = [name for name, x in zip(self.names, here, strict=True) if x]
             exchange = ShardedExchange(params, ranks, *others) if sharded else Exchange(ranks, *others)
-            return self._combine_over_ranks(exchange, method, nonfinite, max_norm, precision)
+            with aligned_after_errors(method):
+                return self._combine_over_ranks(exchange, method, nonfinite, max_norm, precision)
         rows = Rows.by_task([r and r[:n] for r in self._rows], self._groups, self._num_groups)
         heads = Rows.by_task([r and r[n:] for r in self._rows])
         if isinstance(method, LossWeighting):
@@ -231,15 +240,21 @@ class TaskGradients:
         self, exchange: Exchange, method: Method, nonfinite: str, max_norm: float | None, precision: str
     ) -> Result:
         scale = scale_of(self.scaler, exchange.device)
+        params = [*self.shared, *self.heads]
+        before = [p.grad for p in params]
         if isinstance(method, LossWeighting):
-            params = [*self.shared, *self.heads]
             with weighed_losses(method, exchange.losses, scale, alone=True) as weights:
                 weights = weights.to(exchange.device).unsqueeze(0)
-                grads = exchange.average(params, weighted(self._rows, len(params), weights))
+                with exchange.passes(1, len(params)):
+                    refuse_unsupported(params, before, {})
+                    grads = weighted(self._rows, len(params), weights)
+                grads = exchange.average(params, grads)
                 accumulate((params, Rows.by_task([grads]), None))
             return self._finish(weights.expand(self._num_groups, -1), None)
         shards = exchange.collect(self.shared, self._groups, self._num_groups)
-        rest = [None if row is None else shards.add(t, row)[len(self.shared) :] for t, row in enumerate(self._rows)]
+        with exchange.passes(self.num_tasks, len(self.shared), shards):
+            refuse_unsupported(params, before, {})
+            rest = [None if row is None else shards.add(t, row)[len(self.shared) :] for t, row in enumerate(self._rows)]
         weights, gramian = finish(shards, self.heads, rest, method, scale, nonfinite, max_norm, precision)
         return self._finish(weights, gramian)
 

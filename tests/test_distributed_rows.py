@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import fastmtl
-from fastmtl import exchange
+from fastmtl import exchange, passes
 from tests.nets import Net, mlp, net
 from tests.ranks import Ranks, processes
 
@@ -264,7 +265,7 @@ def test_numbers_moved(ranks: Ranks) -> None:
         for moved in ranks.run(size, bytes_moved):
             assert moved == {
                 "reduce_scatter": 3 * padded,
-                "all_gather": padded + size * 3,  # whether all mean the same step
+                "all_gather": padded + size * 4,  # whether all mean the same step
                 # presence and losses, reached parameters, the Gramian; heads: reached, and their gradients
                 "all_reduce": 2 * 3 + 3 * 4 + 3 * 3 + 6 + heads,
             }
@@ -457,6 +458,97 @@ def test_a_backward_pass_that_fails_on_one_rank(ranks: Ranks, method: str, optio
         assert seconds < 5
         assert clean
         assert all(map(torch.equal, grads, others[0][3]))  # of the next step, in which all take part
+
+
+def set_back(name: str, way: str, cause: str) -> tuple[str, bool, list[Tensor]]:
+    """The error of a second step in which the last rank cannot write gradients, whether the method's state and the
+    gradients were left alone, and the state after a third step."""
+    rank, size = place()
+    net, method = make(), METHODS[name]()
+    last = rank == size - 1
+    text, clean = "", False
+    for step in range(3):
+        net.zero_grad()
+        before = numbers(method)
+        losses = losses_of(Outputs(net), step, "all", torch.float64)
+        rows = fastmtl.TaskGradients(net.trunk, 3, heads=net.heads)
+        for t in range(3 * (way == "task_gradients")):
+            rows.backward(t, losses[t], retain_graph=True)
+        with pytest.MonkeyPatch.context() as patch:
+            if cause == ".grad" and last:  # sparse in a way that no kernel reads
+                net.trunk[0].weight.grad = None if step != 1 else torch.zeros(7, 5, dtype=torch.float64).to_sparse()
+            if cause == "memory" and last and step == 1:
+                for module in ("exchange", "backward", "task_gradients"):
+                    patch.setattr(sys.modules[f"fastmtl.{module}"], "accumulate", out_of_memory)
+            try:
+                if way == "task_gradients":
+                    rows.combine(method)
+                else:
+                    fastmtl.backward(losses, method, net.trunk)
+            except (RuntimeError, TypeError, MemoryError) as error:
+                text = f"{type(error).__name__}: {error}"
+                clean = all(map(torch.equal, before, numbers(method)))
+                clean = clean and all(p.grad is None or p.grad.is_sparse for p in net.parameters())
+    return text, clean, numbers(method)
+
+
+def numbers(method: Any) -> list[Tensor]:
+    return [x.clone().nan_to_num(-1.0) for x in method.state_dict().values()]
+
+
+def out_of_memory(*args: Any, **options: Any) -> None:
+    raise MemoryError("none left")
+
+
+WAYS = [("GradNorm", "backward"), ("DWA", "backward"), ("GradNorm", "task_gradients"), ("DWA", "task_gradients")]
+
+
+@pytest.mark.parametrize(("method", "way"), WAYS)
+def test_a_gradient_that_one_rank_cannot_be_added_to(ranks: Ranks, method: str, way: str) -> None:
+    (text, clean, state), (cause, unmoved, other) = ranks.run(2, set_back, method, way, ".grad")
+    assert cause.startswith("TypeError: a parameter of shape [7, 5]: sparse gradients")
+    assert text == f"RuntimeError: rank 1 failed in its backward passes: {cause}"
+    assert clean
+    assert unmoved
+    assert all(map(torch.equal, state, other))
+
+
+@pytest.mark.parametrize(("method", "way"), WAYS)
+def test_state_is_aligned_after_an_error_of_one_rank_alone(ranks: Ranks, method: str, way: str) -> None:
+    (text, _, state), (cause, unmoved, other) = ranks.run(2, set_back, method, way, "memory")
+    assert (text, cause) == ("", "MemoryError: none left")
+    assert unmoved
+    assert all(map(torch.equal, state, other))
+
+
+def proofs() -> list[str]:
+    """The errors of steps through a compiled trunk: of the last rank the first step's gradients are not finite, and in
+    the second repeated passes differ; then how many passes the last two steps took."""
+    rank, size = place()
+    net = make()
+    trunk = torch.compile(net.trunk, backend="aot_eager")
+    found, count = [], [0]
+    for step in range(4):
+        z = trunk(torch.full((2, 5), float("inf") if step == 0 and rank == size - 1 else 0.5, dtype=torch.float64))
+        losses = [head(z).square().mean() for head in net.heads]
+        count[0] = 0
+        losses[0].register_hook(lambda g: count.__setitem__(0, count[0] + 1))
+        with pytest.MonkeyPatch.context() as patch:
+            if step == 1 and rank == size - 1:
+                patch.setattr(passes, "_same", lambda first, again: passes.Proof.OTHER)
+            try:
+                fastmtl.backward(losses, fastmtl.MGDA(), net.trunk, nonfinite="drop_task")
+                found.append(str(count[0]))
+            except RuntimeError as error:
+                found.append(str(error))
+    return found
+
+
+def test_ranks_prove_together_that_passes_can_be_repeated(ranks: Ranks) -> None:
+    for unknown, other, *counts in ranks.run(2, proofs):
+        assert "no finite gradient yet" in unknown
+        assert "a repeated backward pass gave another gradient" in other
+        assert counts == ["3", "1"]
 
 
 def alone(rank: int | None = None) -> list[Tensor]:
