@@ -154,6 +154,9 @@ def decide(
     values = None
     if losses is not None and (method.needs_losses or nonfinite != "propagate"):
         values = losses.values().to(gramian.device)
+        known = [x is not None for x in losses.items]
+        if mask is None and not all(known):  # tracked gradients of absent tasks, of whose losses nothing is wanted
+            values = torch.where(constant_mask([known], gramian.device)[0], values, 0.0)
     step, kept = under_policy(Step(gramian, mask, values), nonfinite, names)
     if step is None:
         return Decision(torch.zeros_like(gramian[..., 0]), skip=True)

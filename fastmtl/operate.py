@@ -131,6 +131,7 @@ def _track(
     absent = [False] * rows.num_tasks if losses is None else [x is None for x in losses.items]
     with torch.no_grad():
         tracked = method.track(RawRows(separate(rows, absent), mask, values, scale))
+    mask = None if tracked.everyone else mask
     gramian = ops.gram(tracked.rows, precision=precision)
     gramian = unscaled(gramian, scale) if tracked.scaled else gramian
     decision = decide(method, gramian, mask, losses, names, nonfinite, max_norm)

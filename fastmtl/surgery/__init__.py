@@ -17,6 +17,7 @@ from fastmtl.surgery.gradnorm import GradNorm
 from fastmtl.surgery.gradvac import GradVac
 from fastmtl.surgery.imtl_g import IMTLG
 from fastmtl.surgery.krum import Krum
+from fastmtl.surgery.m_config import MConFIG
 from fastmtl.surgery.mgda import MGDA
 from fastmtl.surgery.moco import MoCo
 from fastmtl.surgery.modo import MoDo
@@ -51,6 +52,7 @@ __all__ = [
     "GradVac",
     "GradientMethod",
     "Krum",
+    "MConFIG",
     "Mean",
     "MoCo",
     "MoDo",

@@ -43,8 +43,8 @@ class ConFIG(GradientMethod):
         Liu, Chu, Thuerey, "ConFIG: Towards Conflict-free Training of Physics Informed Neural Networks", ICLR 2025,
         equations 2 and 3. ``preference`` takes the place of the vector of ones, as the weights do in its public code.
         Deviations: solved on the matrix of cosines, for which the cutoff above is ours (the public code leaves it to
-        the pseudo-inverse of the gradients, where it grows with their size). The form with momentum, M-ConFIG, is
-        another method.
+        the pseudo-inverse of the gradients, where it grows with their size). The form with momentum is
+        `MConFIG`.
 
     Example:
         >>> import torch, fastmtl

@@ -106,12 +106,14 @@ class Tracked:
         scaled: They still have the loss scale.
         kept: The new state, per parameter and task as ``rows`` has them, or None where it stays.
         heads: ``[T]`` float64, the weights of what is not shared; None: as for any method.
+        everyone: All tasks are weighed, by what ``rows`` has of them, also those absent from this step.
     """
 
     rows: Rows
     scaled: bool
     kept: Sequence[Tensor | None]
     heads: Tensor | None = None
+    everyone: bool = False
 
 
 class TrackingMethod(RowMethod):
