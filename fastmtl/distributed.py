@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from fastmtl.losses import numbered
+from fastmtl.state import Stateful
 
 Group = Any
 """A ``torch.distributed.ProcessGroup``; ``"auto"``: all ranks, if there are several; None: this rank alone."""
@@ -49,6 +50,9 @@ class Ranks:
                 value = state.detach().to(device, copy=True)
                 dist.broadcast(value, first, group=self.group)
                 state.copy_(value)
+        for part in module.modules():
+            if isinstance(part, Stateful):
+                part.forget()
 
     def agree(
         self, present: Tensor, losses: Tensor | None, gramian: Tensor | None = None

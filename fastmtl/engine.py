@@ -236,6 +236,8 @@ def weighed_losses(
     """
     if losses is None:
         raise ValueError(f"losses: {type(method).__name__} needs the values of the losses")
+    if method.training and not alone:
+        method.meet(losses)  # before the state is noted: an error puts it back to the first rank's
     with restored_on_error(method):
         method.remember(losses.names)
         params = [p for p in method.parameters() if p.requires_grad]

@@ -522,7 +522,7 @@ class FeatureSurgery(nn.Module):
         return f"num_tasks={self.num_tasks}, nonfinite={self.nonfinite!r}"
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "result": None, "_anchor": None}
+        return {**self.__dict__, "result": None, "_anchor": None, "_aligned": False}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)

@@ -44,6 +44,9 @@ class Stateful(nn.Module):
                 f"found {', '.join(names)}"
             )
 
+    def forget(self) -> None:
+        """Drop what was derived from the state, which has been replaced."""
+
     def register_state(self, name: str, shape: Sequence[int] | None = None, init: float = 0.0) -> None:
         """Declare a float64 state tensor.
 

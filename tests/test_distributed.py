@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
+import pickle
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import nullcontext
@@ -540,6 +542,70 @@ def odd_one_out(what: str) -> str:
 def test_a_rank_that_differs_is_named_on_all(ranks: Ranks, what: str, text: str) -> None:
     for error in ranks.run(4, odd_one_out, what):
         assert text in error
+
+
+def amortized_apart_then_together() -> Tensor:
+    method = fastmtl.Amortized(fastmtl.MGDA(), update_every=9)
+    gramian = torch.diag(torch.tensor([1.0, 3.0 if dist.get_rank() == 0 else 4.0], dtype=torch.float64))
+    method(gramian)
+    method(gramian)
+    together = fastmtl.distributed.ranks_of("auto")
+    assert together is not None
+    together.align(method, gramian.device)
+    return method(gramian)
+
+
+def test_amortized_weights_of_a_rank_alone_do_not_outlive_the_first_ranks(ranks: Ranks) -> None:
+    for weights in ranks.run(2, amortized_apart_then_together):
+        torch.testing.assert_close(weights, torch.tensor([0.75, 0.25], dtype=torch.float64))
+
+
+def differ_after(copied: Callable[[Any], Any]) -> list[str]:
+    """A copy of what has met the other ranks, changed on one of them."""
+    odd, losses = dist.get_rank() == 1, torch.ones(2)
+    weighting = fastmtl.DWA(2)
+    weighting(losses)
+    weighting = copied(weighting)
+    weighting.temperature = 3.0 if odd else 2.0
+    surgery = fastmtl.FeatureSurgery(fastmtl.MGDA(), 2)
+    z = torch.ones(2, requires_grad=True)
+    surgery.total([x.sum() for x in surgery(z)]).backward()
+    surgery = copied(surgery)
+    surgery.method = fastmtl.PCGrad() if odd else surgery.method
+    texts = []
+    for call in (lambda: weighting(losses), lambda: surgery.total([x.sum() for x in surgery(z)]).backward()):
+        with pytest.raises(RuntimeError) as error:
+            call()
+        texts.append(str(error.value))
+    return texts
+
+
+def pickled(x: Any) -> Any:
+    return pickle.loads(pickle.dumps(x))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled])
+def test_copies_meet_anew(ranks: Ranks, copied: Callable[[Any], Any]) -> None:
+    for texts in ranks.run(2, differ_after, copied):
+        assert "rank 1 has other method: DWA" in texts[0]
+        assert "rank 1 has other method: PCGrad" in texts[1]
+
+
+def error_in_the_first_step() -> Tensor:
+    """On one rank; the losses have been exchanged."""
+    method = fastmtl.RLW(2, generator=generator())
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.get_rank() == 1:
+            patch.setattr(fastmtl.ops, "combine", None)
+        with nullcontext() if dist.get_rank() == 0 else pytest.raises(TypeError):
+            fastmtl.aggregate(torch.eye(2), method, losses=torch.ones(2))
+    fastmtl.aggregate(torch.eye(2), method, losses=torch.ones(2))
+    return method.rng[0]
+
+
+def test_ranks_that_met_go_on_after_an_error_on_one(ranks: Ranks) -> None:
+    first, last = ranks.run(2, error_in_the_first_step)
+    assert torch.equal(first, last)
 
 
 # ---- mean ------------------------------------------------------------------------------------------------------------

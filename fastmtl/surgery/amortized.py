@@ -132,6 +132,10 @@ class Amortized(GradientMethod):
     def set_extra_state(self, state: Tensor) -> None:
         """The counts, from ``state_dict``."""
         self.counts = dict(zip(self.counts, state.tolist(), strict=True))
+        self.forget()
+
+    def forget(self) -> None:
+        """See `Stateful.forget`."""
         self._held = None
 
     def extra_repr(self) -> str:

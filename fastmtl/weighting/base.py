@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Sequence
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -89,7 +89,7 @@ class LossWeighting(Stateful):
         self.remember(parsed.names)
         self._watch()
         if shared:
-            self._meet(parsed)
+            self.meet(parsed)
             device = parsed.device if parsed.present else self._device()
             zero = parsed.present[0].detach().new_zeros(()) if parsed.present else torch.zeros((), device=device)
             values = stack_scalars([zero if x is None else x for x in parsed.items])
@@ -100,8 +100,8 @@ class LossWeighting(Stateful):
         return parsed, total
 
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def _meet(self, losses: Losses) -> None:
-        """Make sure, once, that all ranks have the same tasks, weighting and state.
+    def meet(self, losses: Losses) -> None:
+        """Make sure, once, that all ranks have the same tasks, weighting and state, where they share losses.
 
         Raises:
             RuntimeError: One has not; on every rank.
@@ -122,6 +122,9 @@ class LossWeighting(Stateful):
         if ranks is not None and not self._aligned:
             ranks.align(self, device)
             self._aligned = True
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_met": False, "_aligned": False}
 
     def _device(self) -> torch.device:
         """Where losses would lie, for a rank that has none."""
