@@ -62,7 +62,9 @@ class Monitor:
         Cost: a few microseconds in a recorded step, and a hand-over of about 0.2 ms per record. Memory on the device:
         ``flush_every`` Gramians. Behind `FeatureSurgery`, losses are known if `total` gets them, and over several ranks
         only where the method needs them; attach the monitor before the layer is compiled. Several ranks record the same
-        each: give the writers to one.
+        each: give the writers to one. A step that takes no Gramian (a loss weighting, `Sum`, between the updates of
+        `Amortized`) has no norms and cosines; one of an elementwise method (`GradDrop`, `TrimmedMean`), which has no
+        weights, is not recorded.
 
     Example:
         >>> import torch, fastmtl
